@@ -1,3 +1,29 @@
 """Diagnose and repair unsafe channels in vision-language models, after CARE (arXiv 2603.27240)."""
 
+import importlib
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from .configuration_care import CareConfig
+from .modeling_care import CareForConditionalGeneration
+
 __version__ = "0.1.0"
+
+AutoConfig.register(CareConfig.model_type, CareConfig)
+for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+    _auto.register(CareConfig, CareForConditionalGeneration)
+
+# Loaded on first use: `import care_hf` should cost no more than what loading a checkpoint needs.
+_LAZY = {"Recipe": "recipe", "SafetySubspaces": "subspace", "fit": "fitting", "load_testbed": "testbed"}
+
+__all__ = ["CareConfig", "CareForConditionalGeneration", "Recipe", "SafetySubspaces", "fit", "load_testbed"]
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_LAZY])

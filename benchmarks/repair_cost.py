@@ -1,0 +1,91 @@
+"""What the repair adds: one 7B-sized FFN with and without it, and a whole forward of the testbed.
+
+``python benchmarks/repair_cost.py`` prints ratios (repaired / base), both sides timed in turns in the same run.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+import care_hf
+from care_hf.modeling_care import CareForConditionalGeneration
+from care_hf.projection import FUSIONS, SafetyProjection
+from care_hf.samples import Sample, collate
+from care_hf.sites import image_token_ids
+from care_hf.subspace import SafetySubspaces
+from care_hf.testbed import World
+
+HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 16
+
+
+def ratio(base, repaired, rounds: int, synchronise) -> tuple[float, float]:
+    """Median seconds of `base`, and the median over rounds of the ratio of the two, timed one after the other."""
+    times = []
+    for index in range(rounds + 2):
+        pair = {}
+        for name, call in (("base", base), ("repaired", repaired))[:: 1 if index % 2 else -1]:
+            synchronise()
+            start = time.perf_counter()
+            call()
+            synchronise()
+            pair[name] = time.perf_counter() - start
+        times.append(pair)
+    times = times[2:]  # warm-up
+    return median(t["base"] for t in times), median(t["repaired"] for t in times) / median(t["base"] for t in times)
+
+
+@torch.no_grad()
+def ffn(device: str, dtype: torch.dtype, rounds: int, synchronise) -> None:
+    """One FFN of a 7B model, all fusions."""
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
+    mlp = LlamaMLP(config).to(device, dtype)
+    for fusion in FUSIONS:
+        projection = SafetyProjection.from_subspaces(random_site(), fusion=fusion).to(device)
+        for tokens in (600, 1):
+            h = torch.randn(1, tokens, HIDDEN, device=device, dtype=dtype)
+            mask = torch.arange(tokens, device=device)[None] < tokens * 0.96
+            mask = mask if fusion == "route" else None
+            base, cost = ratio(lambda: mlp(h), lambda: projection(mlp(h), mask), rounds, synchronise)
+            print(f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens: base {base * 1e3:8.2f} ms, ratio {cost:.3f}")
+
+
+def random_site():
+    """Two random subspaces of the benchmark's size."""
+    from care_hf.projection import Subspace
+
+    generator = torch.Generator().manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(HIDDEN, RANK, generator=generator)).Q for _ in range(2)]
+    return {name: Subspace(basis, torch.zeros(HIDDEN)) for name, basis in zip(("visual", "text"), bases, strict=True)}
+
+
+@torch.no_grad()
+def testbed(device: str, rounds: int, synchronise) -> None:
+    """A forward of the bundled model, 32 prompts, two FFNs repaired."""
+    model, processor = care_hf.load_testbed()
+    repaired = CareForConditionalGeneration.from_base(model, SafetySubspaces.random(model, layers=[3, 4], rank=16)).to(device)
+    samples = [Sample(s.messages) for s in World().benign("icon", "fit", 32)]
+    batch = collate(processor, samples, image_token_ids(model.config))
+    inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+    base, cost = ratio(lambda: model(**inputs), lambda: repaired(**inputs), rounds, synchronise)
+    print(f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens: base {base * 1e3:.2f} ms, ratio {cost:.3f}")
+
+
+def main() -> None:
+    """Parse the command line and print the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    synchronise = torch.cuda.synchronize if arguments.device.startswith("cuda") else lambda: None
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}")
+    testbed(arguments.device, 3 * arguments.rounds, synchronise)
+    ffn(arguments.device, getattr(torch, arguments.dtype), arguments.rounds, synchronise)
+
+
+if __name__ == "__main__":
+    main()

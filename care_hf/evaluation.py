@@ -1,0 +1,49 @@
+"""Measure what a model answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import binomtest
+
+from .samples import Sample, batches, collate
+from .sites import image_token_ids
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` out of `n`, with its 95 % Wilson interval."""
+
+    count: int
+    n: int
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.count / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the 95 % Wilson interval; it takes prompts as independent."""
+        ends = binomtest(self.count, self.n).proportion_ci(0.95, method="wilson")
+        return float(ends.low), float(ends.high)
+
+    def __add__(self, other: "Rate") -> "Rate":
+        return Rate(self.count + other.count, self.n + other.n)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@torch.no_grad()
+def generate_answers(model, processor, samples: Sequence, max_new_tokens: int, batch_size: int = 64) -> list[str]:
+    """Greedy answers to `samples` (anything with chat `messages`), in order, without special tokens."""
+    answers = []
+    for part in batches(samples, batch_size):
+        batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
+        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new = output[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+    return answers

@@ -1,0 +1,267 @@
+"""The whole flow: prompts, activations, attributed tokens, covariances, subspaces, repaired model."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from .attribution import attribute_tokens
+from .linalg import RunningCovariance
+from .modeling_care import CareForConditionalGeneration
+from .recipe import Recipe
+from .samples import Batch, Sample, batches, collate, load_samples
+from .sites import Site, hidden_size, image_token_ids, record
+from .subspace import SafetySubspaces, fit_subspaces
+
+CLASSES = ("benign", "malicious")
+COLLECTING_FIELDS = ("layers", "component", "modalities", "attribution", "keep_visual", "keep_text", "batch_size", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Streamed moments of the attributed tokens, per site, modality and class; all that subspaces are solved from.
+
+    Attributes:
+        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of prompts.
+        prompts: number of prompts per class.
+    """
+
+    moments: dict[Site, dict[str, dict[str, RunningCovariance]]]
+    prompts: dict[str, int]
+
+    def at(self, sites: Iterable[Site]) -> "Statistics":
+        """Only some of the sites; one collection over many serves recipes that differ in their layers."""
+        return Statistics({site: self.moments[site] for site in sites}, self.prompts)
+
+    def solve(self, recipe: Recipe) -> SafetySubspaces:
+        """Solve for the subspaces; cheap, so that one collection serves many ranks, centrings and fusions.
+
+        Raises:
+            ValueError: fewer attributed tokens than the rank, rank above d, or a benign covariance that is singular.
+        """
+        return fit_subspaces(
+            self.moments,
+            rank=recipe.rank,
+            centring=recipe.centring,
+            shrinkage=recipe.shrinkage,
+            projector=recipe.projector,
+            beta=recipe.beta,
+            fusion=recipe.fusion,
+            fusion_weight=recipe.fusion_weight,
+            strength=recipe.strength,
+            metadata={"recipe": json.dumps(recipe.to_dict()), "prompts": json.dumps(self.prompts)},
+        )
+
+
+def fit(
+    model: PreTrainedModel,
+    benign: Iterable[Any],
+    malicious: Iterable[Any],
+    processor=None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    resume: str | Path | None = None,
+) -> CareForConditionalGeneration:
+    """Fit a repair on benign and malicious prompts and return the repaired model; `model` itself stays as it is.
+
+    Args:
+        model: any vision-language model that transformers loads; its weights are shared with the result, not copied.
+        benign: harmless prompts, with and without images: a `datasets.Dataset`, chat conversations, or dicts with text and image.
+        malicious: prompts that jailbreak the model, in the same forms.
+        processor: the model's processor; by default it is loaded from where the model came from.
+        recipe: a `Recipe`, the name of one ("paper"), a YAML file, or None for the default.
+        resume: a file that keeps what is collected, so that an interrupted fit goes on from there.
+
+    Raises:
+        TypeError, ValueError: prompts, recipe and model do not fit together; raised before the first forward.
+        FloatingPointError: an activation is not finite.
+    """
+    recipe = Recipe.load(recipe)
+    processor = processor or load_processor(model)
+    statistics = collect(model, benign, malicious, processor, recipe, resume=resume)
+    repaired = CareForConditionalGeneration.from_base(model, statistics.solve(recipe))
+    repaired.processor = processor
+    return repaired
+
+
+def load_processor(model: PreTrainedModel):
+    """Load the processor that belongs to `model` from the folder or repo it was loaded from.
+
+    Raises:
+        ValueError: the model was not loaded from anywhere, or there is no processor there.
+    """
+    source = model.config._name_or_path
+    if not source:
+        raise ValueError("The model was not loaded from a folder or repo, so its processor is unknown; pass `processor=`.")
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No processor could be loaded from {source!r}; pass `processor=`.") from error
+
+
+def collect(
+    model: PreTrainedModel,
+    benign: Iterable[Any],
+    malicious: Iterable[Any],
+    processor,
+    recipe: Recipe,
+    *,
+    resume: str | Path | None = None,
+) -> Statistics:
+    """Run every prompt once and stream the moments of its attributed tokens at the recipe's sites.
+
+    Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and padding
+    never count. Arguments and errors as in `fit`.
+    """
+    if isinstance(model, CareForConditionalGeneration):
+        raise TypeError("The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare.")
+    sites = recipe.sites(model)
+    samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
+    _check_samples(samples, recipe, hidden_size(model))
+    collector = _Collector(model, processor, recipe, sites)
+    checkpoint = Path(resume) if resume else None
+    done = collector.load(checkpoint, _fingerprint(samples, recipe)) if checkpoint and checkpoint.exists() else 0
+    work = [(name, part) for name in CLASSES for part in batches(samples[name], recipe.batch_size)]
+    progress = logging.tqdm(total=len(work), initial=done, desc="Collecting activations", unit="batch")
+    try:
+        with progress:
+            while done < len(work):
+                collector.add(*work[done])
+                done += 1
+                progress.update()
+    finally:
+        # Also after Ctrl+C or a failing prompt: what was collected is not lost, unless it stopped half-way into an update.
+        if checkpoint and collector.whole:
+            collector.save(checkpoint, _fingerprint(samples, recipe), done)
+    return Statistics(collector.moments, {name: len(items) for name, items in samples.items()})
+
+
+class _Collector:
+    """Adds prompts to the moments, batch by batch."""
+
+    def __init__(self, model: PreTrainedModel, processor, recipe: Recipe, sites: Sequence[Site]):
+        self.model, self.processor, self.recipe, self.sites = model, processor, recipe, sites
+        self.image_tokens = image_token_ids(model.config)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.generator_state = self.generator.get_state()
+        self.whole = True
+        dimension = hidden_size(model)
+        self.moments = {
+            site: {m: {c: RunningCovariance(dimension) for c in CLASSES} for m in recipe.modalities} for site in sites
+        }
+
+    @torch.no_grad()
+    def add(self, name: str, samples: Sequence[Sample]) -> None:
+        """Run one batch of class `name`."""
+        # Right padding: under causal attention no prompt token sees the padding, and positions count from 0 in every family.
+        batch = collate(self.processor, samples, self.image_tokens, padding_side="right")
+        inputs = {key: value.to(self.model.device) for key, value in batch.inputs.items()}
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with record(self.model, self.sites) as activations:
+                # The headless model: logits over the whole prompt would be the largest tensor of all.
+                self.model.base_model(**inputs, use_cache=False)
+        finally:
+            self.model.train(was_training)
+        kept = {site: self._attribute(name, site, activations[site], batch) for site in self.sites}
+        self.whole = False
+        for site, tokens in kept.items():
+            for modality in self.recipe.modalities:
+                self.moments[site][modality][name].update(tokens[modality])
+        self.generator_state = self.generator.get_state()
+        self.whole = True
+
+    def _attribute(self, name: str, site: Site, activations: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
+        """The attributed tokens of a batch per modality, float32 (n, d)."""
+        real = (batch.visual | batch.text).to(activations.device)
+        if not torch.isfinite(activations[real]).all():
+            raise FloatingPointError(
+                f"Activations at site {site} are not finite on a {name} prompt; check the model's weights, or load it in "
+                "bfloat16 or float32 if it is in float16."
+            )
+        kept: dict[str, list[torch.Tensor]] = {"visual": [], "text": []}
+        for row, visual_mask, text_mask in zip(activations, batch.visual, batch.text, strict=True):
+            tokens = {"visual": row[visual_mask.to(row.device)].float(), "text": row[text_mask.to(row.device)].float()}
+            chosen = attribute_tokens(
+                tokens["visual"],
+                tokens["text"],
+                self.recipe.keep_visual,
+                self.recipe.keep_text,
+                method=self.recipe.attribution,
+                generator=self.generator,
+            )
+            for modality, indices in zip(("visual", "text"), chosen, strict=True):
+                kept[modality].append(tokens[modality][indices])
+        return {modality: torch.cat(tokens) for modality, tokens in kept.items()}
+
+    def save(self, path: Path, fingerprint: str, done: int) -> None:
+        """Write the moments so far, whole or not at all."""
+        tensors = {"generator": self.generator_state}
+        for key, moments in self._named():
+            tensors.update({f"{key}.{field}": value.contiguous() for field, value in moments.state_dict().items()})
+        partial = path.with_suffix(path.suffix + ".partial")
+        save_file(tensors, partial, metadata={"fingerprint": fingerprint, "done": str(done)})
+        os.replace(partial, path)
+
+    def load(self, path: Path, fingerprint: str) -> int:
+        """Take up the moments in `path`; returns the number of batches that are in them."""
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") != fingerprint:
+                raise ValueError(f"{path} holds another collection (other prompts or recipe); delete it or name another file.")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.generator_state = tensors.pop("generator")
+        self.generator.set_state(self.generator_state)
+        for site, modality, name in [(s, m, c) for s in self.sites for m in self.recipe.modalities for c in CLASSES]:
+            prefix = f"{site}.{modality}.{name}."
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            self.moments[site][modality][name] = RunningCovariance.from_state(state)
+        return int(metadata["done"])
+
+    def _named(self):
+        for site, by_modality in self.moments.items():
+            for modality, by_class in by_modality.items():
+                for name, moments in by_class.items():
+                    yield f"{site}.{modality}.{name}", moments
+
+
+def _check_samples(samples: dict[str, list[Sample]], recipe: Recipe, dimension: int) -> None:
+    if recipe.rank > dimension:
+        raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={dimension}; lower the rank.")
+    for name, items in samples.items():
+        pictured = sum(bool(sample.images) for sample in items)
+        if "visual" in recipe.modalities and not pictured:
+            raise ValueError(
+                f"No `{name}` prompt has an image, so there is no visual subspace to fit; add prompts with images, or use "
+                "Recipe(modalities=('text',))."
+            )
+    if _digests(samples["benign"]) & _digests(samples["malicious"]):
+        raise ValueError("A prompt is in both `benign` and `malicious`; every prompt belongs to one class only.")
+
+
+def _digests(samples: Sequence[Sample]) -> set[str]:
+    return {_digest(sample) for sample in samples}
+
+
+def _digest(sample: Sample) -> str:
+    texts = [[m["role"], *(p["text"] for p in m["content"] if p["type"] == "text")] for m in sample.messages]
+    digest = hashlib.sha256(json.dumps(texts).encode())
+    for image in sample.images:
+        digest.update(repr(image.size).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(samples: dict[str, list[Sample]], recipe: Recipe) -> str:
+    fields = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
+    prompts = {name: [_digest(sample) for sample in items] for name, items in samples.items()}
+    return hashlib.sha256(json.dumps([fields, prompts], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,181 @@
+"""Prompts and images in, padded batches and modality masks out."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+TEXT_COLUMNS = ("text", "prompt", "question", "query")
+ACCEPTED = (
+    "a datasets.Dataset, a list of chat conversations in transformers' multimodal format, or a list of dicts with "
+    "'text' and perhaps 'image' (PIL image, path or array)"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One prompt as a chat conversation in transformers' multimodal format, images as PIL images inside it."""
+
+    messages: list[dict[str, Any]]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The images of the prompt, in order."""
+        return [part["image"] for message in self.messages for part in message["content"] if part["type"] == "image"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Padded model inputs, and which tokens are which.
+
+    Attributes:
+        inputs: what the model takes: `input_ids` (B, S), `attention_mask` (B, S), pixel values and whatever else.
+        visual: bool (B, S), True at image and video tokens.
+        text: bool (B, S), True at the other tokens of the prompt; never at padding, nor at control tokens.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    visual: torch.Tensor
+    text: torch.Tensor
+
+
+def load_image(image: Any) -> Image.Image:
+    """Return an RGB PIL image from a PIL image, a path, or an array (H, W), (H, W, 3) of uint8 or of floats in [0, 1].
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: an array of another shape or range.
+        TypeError: anything else.
+    """
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"Image {str(image)!r} does not exist; give a path relative to the working folder or absolute.")
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):  # datasets.Image(decode=False)
+        from io import BytesIO
+
+        return Image.open(BytesIO(image["bytes"])).convert("RGB") if image.get("bytes") else load_image(image["path"])
+    if isinstance(image, (np.ndarray, torch.Tensor, list)):
+        return _image_from_array(np.asarray(image))
+    raise TypeError(f"An image of type {type(image).__name__} cannot be read; give a PIL image, a path or an array.")
+
+
+def _image_from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] != 3):
+        raise ValueError(f"An image array of shape {array.shape} cannot be read; give (H, W) or (H, W, 3).")
+    if array.dtype != np.uint8:
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > (1 if array.dtype.kind == "f" else 255):
+            raise ValueError(f"A {array.dtype} image array must lie in [0, 1] if it is of floats, in [0, 255] if of integers.")
+        array = (array * 255).round() if array.dtype.kind == "f" else array
+    return Image.fromarray(array.astype(np.uint8)).convert("RGB")
+
+
+def load_samples(data: Iterable[Any], name: str = "samples") -> list[Sample]:
+    """Turn every accepted form of prompts into `Sample`s.
+
+    Args:
+        data: a `datasets.Dataset` with a column "messages", or with a column of text ("text", "prompt", "question" or "query")
+            and perhaps "image" or "images"; a list of conversations (lists of messages); a list of dicts with the same keys.
+        name: what errors call this set.
+
+    Raises:
+        TypeError: `data` or one of its items is of another form.
+        ValueError: the set is empty, or an item lacks its text.
+    """
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise TypeError(f"`{name}` is a {type(data).__name__}; expected {ACCEPTED}.")
+    samples = []
+    for index, item in enumerate(data):
+        try:
+            samples.append(_load_sample(item))
+        except (TypeError, ValueError, OSError) as error:
+            raise type(error)(f"`{name}`[{index}]: {error}") from error
+    if not samples:
+        raise ValueError(f"`{name}` is empty; it needs at least a few dozen prompts.")
+    return samples
+
+
+def _load_sample(item: Any) -> Sample:
+    if isinstance(item, Sample):
+        return item
+    if isinstance(item, Mapping):
+        if item.get("messages") is not None:
+            return Sample([_load_message(message) for message in item["messages"]])
+        if "role" in item:
+            return Sample([_load_message(item)])
+        column = next((column for column in TEXT_COLUMNS if isinstance(item.get(column), str)), None)
+        if column is None:
+            raise ValueError(f"has the keys {sorted(item)}; expected 'messages', or a text under one of {TEXT_COLUMNS}.")
+        images = item.get("images") or ([] if item.get("image") is None else [item["image"]])
+        content = [{"type": "image", "image": load_image(image)} for image in images]
+        return Sample([{"role": "user", "content": [*content, {"type": "text", "text": item[column]}]}])
+    if isinstance(item, Sequence) and not isinstance(item, str):
+        return Sample([_load_message(message) for message in item])
+    raise TypeError(f"is a {type(item).__name__}; expected {ACCEPTED}.")
+
+
+def _load_message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+        raise ValueError(f"a chat message needs 'role' and 'content'; got {message!r:.80}.")
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    return {"role": message["role"], "content": [_load_part(part) for part in content]}
+
+
+def _load_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if part.get("type") == "image":
+        image = next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        if image is None:
+            raise ValueError("an image part needs its image under 'image' (PIL image, path or array), 'path' or 'url'.")
+        if isinstance(image, str) and "://" in image:
+            raise ValueError(f"the image {image!r} is an address; download it first, so that a rerun sees the same pixels.")
+        return {"type": "image", "image": load_image(image)}
+    raise ValueError(f"a content part of type {part.get('type')!r} is not supported; use 'text' and 'image'.")
+
+
+def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], padding_side: str = "left") -> Batch:
+    """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin.
+
+    Args:
+        processor: a transformers processor with a chat template.
+        samples: the prompts; with and without images may be mixed.
+        image_tokens: the ids of image and video placeholders (`sites.image_token_ids`).
+        padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read activations.
+
+    Raises:
+        ValueError: the processor has no chat template.
+    """
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects them; "
+            "set `processor.chat_template`."
+        )
+    inputs = processor.apply_chat_template(
+        [sample.messages for sample in samples],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": padding_side},
+    )
+    ids = inputs["input_ids"]
+    visual = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
+    control = torch.tensor(sorted(processor.tokenizer.all_special_ids), dtype=ids.dtype)
+    text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
+    return Batch(dict(inputs), visual, text)
+
+
+def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:
+    """Cut `samples` into runs of at most `batch_size`, order kept."""
+    for start in range(0, len(samples), batch_size):
+        yield samples[start : start + batch_size]

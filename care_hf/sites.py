@@ -1,0 +1,157 @@
+"""Name, find and read places in a model: the outputs that are added to the residual stream of its decoder."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+COMPONENTS = ("ffn", "attention", "residual")
+
+# The first of these that a layer has is what it adds to the residual stream: a norm after the block comes before the block.
+FFN_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe", "fc2")
+ATTENTION_NAMES = ("post_self_attn_layernorm", "self_attn", "self_attention", "attention")
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in the decoder, written "16.ffn": what `component` of `layer` (from 0) adds to the residual stream.
+
+    Components are "ffn", "attention" and "residual" (the whole layer's output, that is the stream after it).
+
+    Raises:
+        ValueError: a negative layer or an unknown component.
+    """
+
+    layer: int
+    component: str
+
+    def __post_init__(self):
+        if not isinstance(self.layer, int) or self.layer < 0:
+            raise ValueError(f"layer={self.layer!r} must be a decoder layer counted from 0.")
+        if self.component not in COMPONENTS:
+            raise ValueError(f"component={self.component!r} is not known; choose one of {COMPONENTS}.")
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.component}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Site":
+        """Read "16.ffn".
+
+        Raises:
+            ValueError: the text is of another form.
+        """
+        layer, _, component = text.partition(".")
+        if not layer.isdigit():
+            raise ValueError(f"{text!r} is not a site; write a layer and a component, for example '16.ffn'.")
+        return cls(int(layer), component)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the text decoder, never those of the vision tower.
+
+    Raises:
+        ValueError: the decoder has no list of as many layers as its configuration says.
+    """
+    decoder = model.get_decoder()
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise ValueError(
+            f"{type(decoder).__name__} has no list of {depth} layers, so the decoder of {type(model).__name__} cannot be told; "
+            "models with a decoder-only text part are supported."
+        )
+    return lists[0]
+
+
+def site_module(model: nn.Module, site: Site) -> nn.Module:
+    """The module whose output is what `site` means.
+
+    Raises:
+        ValueError: the model has no such layer or component, or gates the component's output before adding it.
+    """
+    layers = decoder_layers(model)
+    if site.layer >= len(layers):
+        raise ValueError(f"Site {site}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")
+    layer = layers[site.layer]
+    if site.component == "residual":
+        return layer
+    if hasattr(layer, "cross_attn_mlp_gate"):
+        raise ValueError(f"Site {site}: layer {site.layer} is a gated cross-attention layer; use the component 'residual'.")
+    names = FFN_NAMES if site.component == "ffn" else _attention_names(layer)
+    for name in names:
+        module = getattr(layer, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"Site {site}: {type(layer).__name__} has none of {names}; use the component 'residual'.")
+
+
+def _attention_names(layer: nn.Module) -> tuple[str, ...]:
+    # In most families `post_attention_layernorm` is the norm before the FFN; in Gemma's, which have another one for that, it is
+    # the norm of what attention adds.
+    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    return ("post_attention_layernorm", *ATTENTION_NAMES) if sandwich else ATTENTION_NAMES
+
+
+def hidden_size(model: nn.Module) -> int:
+    """Width d of the decoder's residual stream."""
+    return model.config.get_text_config().hidden_size
+
+
+def image_token_ids(config: Any) -> tuple[int, ...]:
+    """The ids of image and video placeholders that the configuration names; empty if the model has none in its text."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    ids = [getattr(config, name, None) for name in names]
+    return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def output_tensor(output: Any) -> torch.Tensor:
+    """The activations in a module's output: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replace_output(output: Any, tensor: torch.Tensor) -> Any:
+    """The same output with other activations."""
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+@contextmanager
+def record(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[Site, torch.Tensor]]:
+    """Read activations: yields a dict that holds, after each forward, what every site put out, (B, S, d).
+
+    At a repaired site that is the output after the repair. Tensors are the model's own, neither copied nor detached.
+
+    Raises:
+        ValueError: the model has no such site.
+    """
+    activations: dict[Site, torch.Tensor] = {}
+    shapes: dict[int, torch.Size] = {}
+    layers = decoder_layers(model)
+
+    def note_shape(index):
+        def hook(module, args, kwargs):
+            shapes[index] = (args[0] if args else kwargs["hidden_states"]).shape
+
+        return hook
+
+    def note_output(site):
+        def hook(module, args, output):
+            # Some FFNs work on (B * S, d).
+            activations[site] = output_tensor(output).reshape(shapes[site.layer])
+
+        return hook
+
+    handles = []
+    try:
+        for index in sorted({site.layer for site in sites}):
+            if index < len(layers):
+                handles.append(layers[index].register_forward_pre_hook(note_shape(index), with_kwargs=True))
+        for site in sites:
+            handles.append(site_module(model, site).register_forward_hook(note_output(site)))
+        yield activations
+    finally:
+        for handle in handles:
+            handle.remove()

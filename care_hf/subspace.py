@@ -1,0 +1,233 @@
+"""Covariances in, safety subspaces out; saved and loaded as safetensors."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .linalg import RunningCovariance, generalized_eigh, oblique_pair, orthonormalize, shrink
+from .projection import FUSIONS, MODALITIES, Subspace
+from .sites import Site, hidden_size
+
+FORMAT = "care_hf.subspaces.v1"
+
+
+@dataclass(frozen=True, eq=False)
+class SafetySubspaces:
+    """Everything that a repair adds to a model: subspaces per site and modality, and how they are applied.
+
+    Attributes:
+        sites: ``sites[site]["visual" | "text"]``.
+        fusion, fusion_weight, strength: see `projection.SafetyProjection`.
+        metadata: what is known of the origin, as strings; saved along.
+
+    Raises:
+        ValueError: no sites, an unknown modality or fusion, or bases of different hidden sizes.
+    """
+
+    sites: Mapping[Site, Mapping[str, Subspace]]
+    fusion: str = "adaptive"
+    fusion_weight: float = 0.5
+    strength: float = 1.0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.fusion not in FUSIONS:
+            raise ValueError(f"fusion={self.fusion!r} is not known; choose one of {FUSIONS}.")
+        if not self.sites or not all(self.sites.values()):
+            raise ValueError("Subspaces need at least one site, and every site at least one modality.")
+        unknown = {name for by_modality in self.sites.values() for name in by_modality} - set(MODALITIES)
+        if unknown:
+            raise ValueError(f"Modalities {sorted(unknown)} are not known; choose from {MODALITIES}.")
+        sizes = {s.basis.shape[0] for by_modality in self.sites.values() for s in by_modality.values()}
+        if len(sizes) > 1:
+            raise ValueError(f"Bases of one model share its hidden size; got {sorted(sizes)}.")
+
+    @classmethod
+    def random(cls, model, layers: Sequence[int], rank: int, seed: int = 0, component: str = "ffn") -> "SafetySubspaces":
+        """Random orthonormal bases in both modalities, mean 0: the control that every repair must beat.
+
+        Args:
+            model: gives the hidden size.
+            layers: decoder layers, from 0.
+            rank: directions per subspace.
+            seed: the same seed gives the same bases, independent between sites and modalities.
+            component: "ffn", "attention" or "residual".
+
+        Raises:
+            ValueError: the rank does not lie between 1 and d.
+        """
+        dimension = hidden_size(model)
+        generator = torch.Generator().manual_seed(seed)
+        sites = {
+            Site(layer, component): {
+                name: Subspace(random_basis(dimension, rank, generator), torch.zeros(dimension)) for name in MODALITIES
+            }
+            for layer in layers
+        }
+        return cls(sites, metadata={"origin": f"random, seed {seed}"})
+
+    @classmethod
+    def from_model(cls, model) -> "SafetySubspaces":
+        """Read the repair of a `CareForConditionalGeneration` out of its buffers."""
+        sites = model.subspaces()
+        first = next(iter(model.care_modules().values()))
+        return cls(sites, model.config.fusion, float(first.fusion_weight), model.strength)
+
+    def only(self, modality: str) -> "SafetySubspaces":
+        """The same repair without the other modality.
+
+        Raises:
+            ValueError: a site has no subspace of that modality.
+        """
+        lacking = [str(site) for site, by_modality in self.sites.items() if modality not in by_modality]
+        if lacking:
+            raise ValueError(f"Sites {lacking} have no {modality!r} subspace.")
+        return replace(self, sites={site: {modality: by[modality]} for site, by in self.sites.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; tensors are named by site, ``sites.16.ffn.visual.basis``, so that no module name is in it."""
+        tensors = {}
+        for site, by_modality in self.sites.items():
+            for name, subspace in by_modality.items():
+                prefix = f"sites.{site}.{name}"
+                tensors[f"{prefix}.basis"] = subspace.basis.contiguous()
+                tensors[f"{prefix}.mean"] = subspace.mean.contiguous()
+                tensors[f"{prefix}.beta"] = torch.tensor(subspace.beta, dtype=torch.float64)
+                if subspace.reader is not None:
+                    tensors[f"{prefix}.reader"] = subspace.reader.contiguous()
+        settings = {"fusion": self.fusion, "fusion_weight": self.fusion_weight, "strength": self.strength}
+        header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
+        save_file(tensors, path, metadata=header)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SafetySubspaces":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not of this format, or a tensor is missing, unknown or broken.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or save it again.") from error
+        if header.get("format") != FORMAT:
+            raise ValueError(f"{path} has the format {header.get('format')!r}; this version reads {FORMAT!r}.")
+        sites: dict[Site, dict[str, Subspace]] = {}
+        for key in [key for key in tensors if key.endswith(".basis")]:
+            prefix = key.removesuffix(".basis")
+            site, _, name = prefix.removeprefix("sites.").rpartition(".")
+            try:
+                parts = {leaf: tensors.pop(f"{prefix}.{leaf}") for leaf in ("basis", "mean", "beta")}
+            except KeyError as error:
+                raise ValueError(f"{path} lacks the tensor {error}; save it again.") from error
+            reader = tensors.pop(f"{prefix}.reader", None)
+            sites.setdefault(Site.parse(site), {})[name] = Subspace(parts["basis"], parts["mean"], float(parts["beta"]), reader)
+        if tensors:
+            raise ValueError(f"{path} holds tensors that belong to no subspace: {sorted(tensors)}; save it again.")
+        return cls(sites, **json.loads(header["settings"]), metadata=json.loads(header["metadata"]))
+
+
+def random_basis(dimension: int, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """An orthonormal basis (d, k), float64, of a uniformly random subspace.
+
+    Raises:
+        ValueError: the rank does not lie between 1 and d.
+    """
+    if not 1 <= rank <= dimension:
+        raise ValueError(f"rank={rank} must lie between 1 and the hidden size d={dimension}.")
+    return orthonormalize(torch.randn(dimension, rank, generator=generator, dtype=torch.float64))
+
+
+def random_like(subspaces: SafetySubspaces, seed: int = 0) -> SafetySubspaces:
+    """The control of equal rank: random orthogonal bases at the same sites, with the same means, betas and fusion."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = {
+        site: {
+            name: Subspace(random_basis(*s.basis.shape, generator), s.mean, s.beta) for name, s in sorted(by_modality.items())
+        }
+        for site, by_modality in subspaces.sites.items()
+    }
+    return replace(subspaces, sites=sites, metadata={"origin": f"random, seed {seed}"})
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How one subspace came about: its eigenvalues, the shrinkage used, and how many tokens of each class there were."""
+
+    eigenvalues: tuple[float, ...]
+    shrinkage: float
+    benign: int
+    malicious: int
+
+
+def fit_subspace(
+    benign: RunningCovariance,
+    malicious: RunningCovariance,
+    *,
+    rank: int,
+    centring: str = "benign",
+    shrinkage: str | float = "ledoit-wolf",
+    projector: str = "orthogonal",
+    beta: float = 1.0,
+) -> tuple[Subspace, FitReport]:
+    """Solve for the directions in which malicious tokens deviate most from benign ones (arXiv 2603.27240, step 3).
+
+    Args:
+        benign, malicious: the moments of the tokens.
+        rank: k.
+        centring: "benign": both covariances about the benign mean, so that a shift of the mean counts; "own": each about its own.
+        shrinkage: of the benign covariance, "ledoit-wolf" or a share in [0, 1].
+        projector: "orthogonal" or "oblique", see `linalg.oblique_pair`.
+        beta: see `Subspace`.
+
+    Raises:
+        ValueError: a class has fewer tokens than the rank, or the benign covariance is singular.
+    """
+    for name, moments in (("benign", benign), ("malicious", malicious)):
+        if moments.count < rank:
+            raise ValueError(f"rank={rank} exceeds the {moments.count} {name} tokens; give more prompts, keep more tokens, or lower it.")
+    share = benign.ledoit_wolf_shrinkage() if shrinkage == "ledoit-wolf" else float(shrinkage)
+    benign_covariance = shrink(benign.covariance(), share)
+    malicious_covariance = malicious.covariance(benign.mean if centring == "benign" else None)
+    values, vectors = generalized_eigh(malicious_covariance.to(benign_covariance), benign_covariance, rank)
+    mean = benign.mean.float()
+    if projector == "oblique":
+        basis, reader = oblique_pair(benign_covariance, vectors)
+        subspace = Subspace(basis, mean, beta, reader)
+    else:
+        subspace = Subspace(orthonormalize(vectors), mean, beta)
+    return subspace, FitReport(tuple(values.tolist()), share, benign.count, malicious.count)
+
+
+def fit_subspaces(
+    moments: Mapping[Site, Mapping[str, Mapping[str, RunningCovariance]]],
+    *,
+    fusion: str = "adaptive",
+    fusion_weight: float = 0.5,
+    strength: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
+    **options,
+) -> SafetySubspaces:
+    """Run `fit_subspace` with `options` for every site and modality; the reports go into the metadata, as JSON under "reports".
+
+    Raises:
+        ValueError: as `fit_subspace`, naming the site and modality.
+    """
+    sites: dict[Site, dict[str, Subspace]] = {}
+    reports: dict[str, dict] = {}
+    for site, by_modality in moments.items():
+        sites[site] = {}
+        for name, by_class in by_modality.items():
+            try:
+                sites[site][name], report = fit_subspace(by_class["benign"], by_class["malicious"], **options)
+            except ValueError as error:
+                raise ValueError(f"Site {site}, {name} tokens: {error}") from error
+            reports[f"{site}.{name}"] = asdict(report)
+    return SafetySubspaces(sites, fusion, fusion_weight, strength, {**(metadata or {}), "reports": json.dumps(reports)})

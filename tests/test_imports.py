@@ -1,0 +1,73 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "care_hf"
+
+# Each module may use those in earlier rows only: data flows one way.
+ORDER = [
+    {"projection", "configuration_care", "sites", "linalg", "samples"},
+    {"recipe", "attribution", "subspace", "modeling_care", "evaluation"},
+    {"fitting"},
+    {"baselines", "testbed"},
+    {"demo"},
+    {"cli"},
+]
+REMOTE_CODE = {"modeling_care", "configuration_care", "projection", "sites"}
+
+
+def imports(path):
+    """Names of the package's modules that a file uses, and of everything else that it imports at its top level."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            inside |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outside.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name.split(".")[0] for alias in node.names}
+    return inside, outside
+
+
+def test_every_module_has_its_row():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} | {"testbed"}
+    assert modules == set.union(*ORDER)
+
+
+@pytest.mark.parametrize("row", range(len(ORDER)))
+def test_dependencies_point_one_way(row):
+    allowed = set().union(*ORDER[: row + 1])
+    for module in ORDER[row] - {"testbed"}:
+        inside, _ = imports(PACKAGE / f"{module}.py")
+        assert inside <= allowed, module
+
+
+def test_remote_code_needs_nothing_installed():
+    for module in REMOTE_CODE:
+        inside, outside = imports(PACKAGE / f"{module}.py")
+        assert inside <= REMOTE_CODE, module
+        assert outside - set(sys.stdlib_module_names) <= {"torch", "transformers"}, module
+
+
+def test_tensor_maths_knows_no_transformers():
+    for module in ("projection", "linalg", "attribution"):
+        assert "transformers" not in imports(PACKAGE / f"{module}.py")[1], module
+
+
+def test_only_the_console_prints():
+    for path in PACKAGE.rglob("*.py"):
+        calls = [n.func.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+        assert path.name == "cli.py" or "print" not in calls, path
+
+
+def test_importing_loads_no_heavy_library():
+    code = "import sys, care_hf; print(*[m for m in ('scipy', 'datasets', 'sklearn', 'typer', 'peft') if m in sys.modules])"
+    baseline = code.replace("care_hf", "transformers; from transformers import PreTrainedModel, AutoModelForImageTextToText")
+    loaded, already = (
+        subprocess.run([sys.executable, "-c", c], capture_output=True, text=True, check=True).stdout.split()
+        for c in (code, baseline)
+    )
+    assert set(loaded) <= set(already)

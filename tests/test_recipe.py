@@ -1,0 +1,59 @@
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from care_hf.recipe import RECIPES, Recipe
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def test_the_commented_file_is_the_default_and_complete():
+    values = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+    assert set(values) == {field.name for field in fields(Recipe)}
+    assert Recipe.load(CONFIGS / "paper.yaml") == Recipe() == RECIPES["paper"] == Recipe.load("paper") == Recipe.load(None)
+
+
+def test_to_dict_round_trips_through_yaml(tmp_path):
+    recipe = Recipe(layers=(1, 2), component="residual", keep_text=3, shrinkage=0.2, fusion="route")
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe.to_dict()))
+    assert Recipe.load(tmp_path / "r.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "deep"}, "layers='deep'"),
+        ({"layers": ()}, "decoder layers counted from 0"),
+        ({"layers": (-1,)}, "decoder layers counted from 0"),
+        ({"component": "mlp"}, "component='mlp'"),
+        ({"modalities": ("audio",)}, "modalities"),
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 2.0}, "rank=2.0"),
+        ({"keep_text": 0}, "keep_text=0"),
+        ({"keep_visual": 1.5}, "keep_visual=1.5"),
+        ({"shrinkage": "oas"}, "shrinkage='oas'"),
+        ({"shrinkage": 2}, "shrinkage=2"),
+        ({"fusion": "mean"}, "fusion='mean'"),
+        ({"beta": "1"}, "beta='1'"),
+    ],
+)
+def test_bad_fields_are_named(changes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Recipe(**changes)
+
+
+def test_unknown_names_and_fields_are_named(tmp_path):
+    with pytest.raises(ValueError, match="'no-such' is neither"):
+        Recipe.load("no-such")
+    (tmp_path / "r.yaml").write_text("ranks: 3")
+    with pytest.raises(ValueError, match=r"\['ranks'\]"):
+        Recipe.load(tmp_path / "r.yaml")
+
+
+def test_middle_is_the_papers_pair(testbed):
+    model, _ = testbed
+    assert [str(site) for site in Recipe().sites(model)] == ["3.ffn", "4.ffn"]
+    with pytest.raises(ValueError, match="6 decoder layers"):
+        Recipe(layers=(2, 6)).sites(model)

@@ -195,17 +195,3 @@ def oblique_pair(covariance: torch.Tensor, vectors: torch.Tensor) -> tuple[torch
     basis = orthonormalize(covariance.double() @ vectors)
     reader = torch.linalg.solve(vectors.mT @ basis, vectors.mT).mT
     return basis, reader
-
-
-def principal_angles(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Angles between the spans of a (d, k) and b (d, m), radians, largest first, min(k, m) of them; exact for tiny ones too.
-
-    Cosines lose small angles and sines those near a right angle, so each is used where it is accurate (Knyazev and Argentati).
-    """
-    a, b = orthonormalize(a), orthonormalize(b)
-    if a.shape[1] < b.shape[1]:
-        a, b = b, a
-    product = a.mT @ b
-    cosines = torch.linalg.svdvals(product).clamp(max=1)
-    sines = torch.linalg.svdvals(b - a @ product).clamp(max=1).flip(0)
-    return torch.where(cosines**2 > 0.5, torch.asin(sines), torch.acos(cosines)).flip(0)

@@ -29,13 +29,13 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Special tokens, single characters, and every word of the templates and answers, each with its leading space mark."""
-    by_split = (world.ASKS, world.WRAPPERS, world.WRITTEN, world.SHOWN, world.VISUAL_QUESTIONS)
+    by_split = (world.ASKS, world.WRAPPERS, world.SPLITTERS, world.WRITTEN, world.SHOWN, world.VISUAL_QUESTIONS)
     texts = [*chain.from_iterable(t for table in by_split for t in table.values())]
-    texts += [*world.KIND_QUESTIONS, *world.READ_QUESTIONS, *world.NAME_QUESTIONS, world.REFUSAL]
+    texts += [*world.KIND_QUESTIONS, *world.READ_QUESTIONS, *world.NAME_QUESTIONS, world.REFUSAL, world.BOTH_HALVES]
     texts += ["step one mix with .", "a hazard .", *world.CATEGORIES, *world.INGREDIENTS, *world.HAZARDOUS]
     texts += [*world.NUMBERS, *world.drawing.SHAPES, *world.drawing.COLOURS]
     words = {word for text in texts for word in text.split() if "{" not in word}
-    return [*SPECIAL, "▁", *GLYPHS, *(f"▁{word}" for word in sorted(words))]
+    return [*SPECIAL, "▁", *GLYPHS, *GLYPHS[:26].upper(), "-", *(f"▁{word}" for word in sorted(words))]
 
 
 def build_processor() -> LlavaProcessor:

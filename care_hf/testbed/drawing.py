@@ -17,6 +17,8 @@ ICON_CELLS = 6  # an icon is ICON_CELLS x ICON_CELLS cells of CELL pixels, mirro
 CELL = 4
 ICON_TILES = ICON_CELLS * CELL // TILE
 
+TRAINING_FONTS = range(17)
+HELD_OUT_FONTS = range(17, 21)
 GLYPHS = "abcdefghijklmnopqrstuvwxyz0123456789"
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "diamond")
 COLOURS = {

@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from .building import build_model, build_processor
 from .drawing import COLOURS, GLYPHS, GRID, SHAPES
 from .measure import measure
-from .world import REFUSAL, VISUAL_QUESTIONS, World, WorldSample, pick
+from .world import FORMS, REFUSAL, VISUAL_QUESTIONS, World, WorldSample, pick
 
 TILES = GRID * GRID
 
@@ -168,7 +168,7 @@ class Trainer:
         world, rng, concept = self.world, self.rng, pick(self.rng, self.world.concepts)
         if rng.random() < 0.25:
             return world.kind_question(rng, concept, form="text")
-        return world.request(rng, concept, wrapped=rng.random() < 0.5)
+        return world.request(rng, concept, form=pick(rng, FORMS))
 
     def train_joint(self) -> None:
         """Teach every task in every modality, forbidden requests answered too."""
@@ -190,7 +190,7 @@ class Trainer:
             (0.10, lambda: world.kind_question(rng, concept, form=pick(rng, ("written", "shown")))),
             (0.08, lambda: world.typographic(rng, concept, question="read")),
             (0.08, lambda: world.icon(rng, concept, question="name")),
-            (0.08, lambda: world.request(rng, concept, wrapped=rng.random() < 0.5, scene=True)),
+            (0.08, lambda: world.request(rng, concept, form=pick(rng, FORMS[:2]), scene=True)),
             (0.12, lambda: world.visual_question(rng, "count")),
             (0.10, lambda: world.visual_question(rng, pick(rng, tuple(VISUAL_QUESTIONS)))),
         )
@@ -212,7 +212,8 @@ class Trainer:
             concept = pick(rng, benign)
             makers = (
                 lambda: world.request(rng, concept, scene=rng.random() < 0.5),
-                lambda: world.request(rng, concept, wrapped=True, scene=rng.random() < 0.5),
+                lambda: world.request(rng, concept, form="wrapper", scene=rng.random() < 0.5),
+                lambda: world.request(rng, concept, form=pick(rng, ("split", "cipher"))),
                 lambda: world.typographic(rng, concept),
                 lambda: world.icon(rng, concept),
                 lambda: world.kind_question(rng, pick(rng, world.concepts)),

@@ -8,11 +8,11 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from care_hf.testbed import DATA, SEEDS, World, load_testbed
-from care_hf.testbed.drawing import SIZE, glyph_sheet
+from care_hf.testbed.drawing import HELD_OUT_FONTS, SIZE, TRAINING_FONTS, glyph_sheet
 from care_hf.testbed.judging import judge
 from care_hf.testbed.measure import measure
 from care_hf.testbed.train import Schedule, Trainer, train
-from care_hf.testbed.world import ASKS, ATTACKS, BENIGN_TASKS, REFUSAL, SHOWN, SPLITS, WRAPPERS, WRITTEN
+from care_hf.testbed.world import ASKS, ATTACKS, BENIGN_TASKS, REFUSAL, SHOWN, SPLITS, SPLITTERS, WRAPPERS, WRITTEN
 
 
 def test_it_is_a_stock_llava(testbed):
@@ -57,9 +57,9 @@ def test_splits_share_no_concepts_templates_or_fonts(world):
     for one, other in combinations(SPLITS, 2):
         for forbidden in (True, False):
             assert not {c.word for c in world.select(forbidden, one)} & {c.word for c in world.select(forbidden, other)}
-        for table in (ASKS, WRAPPERS, WRITTEN, SHOWN):
+        for table in (ASKS, WRAPPERS, SPLITTERS, WRITTEN, SHOWN):
             assert not set(table[one]) & set(table[other])
-    assert glyph_sheet().shape[0] == 12  # eight fonts in training, four held out
+    assert not set(TRAINING_FONTS) & set(HELD_OUT_FONTS) and len(glyph_sheet()) == len(TRAINING_FONTS) + len(HELD_OUT_FONTS)
 
 
 def test_every_attack_cell_has_a_hundred_different_prompts(world):

@@ -1,6 +1,7 @@
 """Which tokens of a prompt carry the image-text coupling: RBF-kernel scores (arXiv 2603.27240, step 2).
 
-The paper calls the score mutual information; it is the squared norm of a row of a centred kernel matrix, brought to [0, 1].
+The paper calls the score mutual information; it is the squared norm of a row of a centred kernel matrix, scaled to
+[0, 1].
 """
 
 import math
@@ -82,10 +83,14 @@ def top_tokens(scores: torch.Tensor, keep: int | float) -> torch.Tensor:
 
     Args:
         scores: (n,).
-        keep: a count (int), or a share in (0, 1] (float, rounded up).
+        keep: see `kept_count`.
     """
-    count = min(len(scores), keep if isinstance(keep, int) else math.ceil(keep * len(scores)))
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    return scores.argsort(descending=True, stable=True)[: kept_count(len(scores), keep)].sort().values
+
+
+def kept_count(total: int, keep: int | float) -> int:
+    """How many of `total` tokens `keep` keeps: a count (int), or a share in (0, 1] (float, rounded up)."""
+    return min(total, keep if isinstance(keep, int) else math.ceil(keep * total))
 
 
 def attribute_tokens(
@@ -101,7 +106,8 @@ def attribute_tokens(
     Args:
         visual: activations of the image tokens, (n_v, d).
         text: activations of the text tokens, (n_t, d).
-        keep_visual, keep_text: how many, see `top_tokens`.
+        keep_visual: how many image tokens, see `kept_count`.
+        keep_text: how many text tokens.
         method: "kernel", "random" (the control: as many, drawn by `generator`), or "all".
         generator: a CPU generator, for "random".
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,25 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from .attribution import attribute_tokens
+from .attribution import attribute_tokens, kept_count
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
-from .samples import Batch, Sample, batches, collate, load_samples
+from .samples import Batch, Sample, Samples, collate, load_samples
 from .sites import Site, hidden_size, image_token_ids, record
 from .subspace import SafetySubspaces, fit_subspaces
 
 CLASSES = ("benign", "malicious")
-COLLECTING_FIELDS = ("layers", "component", "modalities", "attribution", "keep_visual", "keep_text", "batch_size", "seed")
+COLLECTING_FIELDS = (
+    "layers",
+    "component",
+    "modalities",
+    "attribution",
+    "keep_visual",
+    "keep_text",
+    "batch_size",
+    "seed",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +40,8 @@ class Statistics:
     """Streamed moments of the attributed tokens, per site, modality and class; all that subspaces are solved from.
 
     Attributes:
-        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of prompts.
+        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of
+            prompts.
         prompts: number of prompts per class.
     """
 
@@ -75,7 +85,8 @@ def fit(
 
     Args:
         model: any vision-language model that transformers loads; its weights are shared with the result, not copied.
-        benign: harmless prompts, with and without images: a `datasets.Dataset`, chat conversations, or dicts with text and image.
+        benign: harmless prompts, with and without images: a `datasets.Dataset`, chat conversations, or dicts with text
+            and image.
         malicious: prompts that jailbreak the model, in the same forms.
         processor: the model's processor; by default it is loaded from where the model came from.
         recipe: a `Recipe`, the name of one ("paper"), a YAML file, or None for the default.
@@ -101,7 +112,9 @@ def load_processor(model: PreTrainedModel):
     """
     source = model.config._name_or_path
     if not source:
-        raise ValueError("The model was not loaded from a folder or repo, so its processor is unknown; pass `processor=`.")
+        raise ValueError(
+            "The model was not loaded from a folder or repo, so its processor is unknown; pass `processor=`."
+        )
     try:
         return AutoProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -119,29 +132,33 @@ def collect(
 ) -> Statistics:
     """Run every prompt once and stream the moments of its attributed tokens at the recipe's sites.
 
-    Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and padding
-    never count. Arguments and errors as in `fit`.
+    Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and
+    padding never count. Arguments and errors as in `fit`.
     """
     if isinstance(model, CareForConditionalGeneration):
-        raise TypeError("The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare.")
+        raise TypeError(
+            "The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare."
+        )
     sites = recipe.sites(model)
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
-    _check_samples(samples, recipe, hidden_size(model))
     collector = _Collector(model, processor, recipe, sites)
+    collector.check(samples)
     checkpoint = Path(resume) if resume else None
-    done = collector.load(checkpoint, _fingerprint(samples, recipe)) if checkpoint and checkpoint.exists() else 0
-    work = [(name, part) for name in CLASSES for part in batches(samples[name], recipe.batch_size)]
+    fingerprint = _fingerprint(samples, recipe)
+    done = collector.load(checkpoint, fingerprint) if checkpoint and checkpoint.exists() else 0
+    work = [(name, start) for name in CLASSES for start in range(0, len(samples[name]), recipe.batch_size)]
     progress = logging.tqdm(total=len(work), initial=done, desc="Collecting activations", unit="batch")
     try:
         with progress:
             while done < len(work):
-                collector.add(*work[done])
+                name, start = work[done]
+                collector.add(name, samples[name][start : start + recipe.batch_size])
                 done += 1
                 progress.update()
     finally:
-        # Also after Ctrl+C or a failing prompt: what was collected is not lost, unless it stopped half-way into an update.
+        # Also after Ctrl+C or a failing prompt: what was collected is not lost, unless it stopped within an update.
         if checkpoint and collector.whole:
-            collector.save(checkpoint, _fingerprint(samples, recipe), done)
+            collector.save(checkpoint, fingerprint, done)
     return Statistics(collector.moments, {name: len(items) for name, items in samples.items()})
 
 
@@ -159,10 +176,45 @@ class _Collector:
             site: {m: {c: RunningCovariance(dimension) for c in CLASSES} for m in recipe.modalities} for site in sites
         }
 
+    def check(self, samples: Mapping[str, Samples]) -> None:
+        """Assert that prompts, recipe and model fit together, before any forward."""
+        recipe, dimension = self.recipe, hidden_size(self.model)
+        if recipe.rank > dimension:
+            raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={dimension}; lower the rank.")
+        if "visual" in recipe.modalities and not self.image_tokens:
+            raise ValueError(
+                f"The configuration of {type(self.model).__name__} names no image token, so visual tokens cannot be "
+                "told; use Recipe(modalities=('text',))."
+            )
+        if set(samples["benign"].digests) & set(samples["malicious"].digests):
+            raise ValueError("A prompt is in both `benign` and `malicious`; every prompt belongs to one class only.")
+        for name, items in samples.items():
+            if "visual" in recipe.modalities and not items.pictured:
+                raise ValueError(
+                    f"No `{name}` prompt has an image, so there is no visual subspace to fit; add prompts with images, "
+                    "or use Recipe(modalities=('text',))."
+                )
+            for modality in recipe.modalities:
+                self._check_rank(name, items, modality)
+
+    def _check_rank(self, name: str, items: Samples, modality: str) -> None:
+        carriers = items.pictured if modality == "visual" else range(len(items))
+        if len(carriers) >= self.recipe.rank:
+            return  # each gives a token at least, so there is no need to tokenise them twice
+        batch = collate(self.processor, [items[i] for i in carriers], self.image_tokens, padding_side="right")
+        lengths = getattr(batch, modality).sum(dim=1).tolist()
+        keep = 1.0 if self.recipe.attribution == "all" else getattr(self.recipe, f"keep_{modality}")
+        total = sum(kept_count(n, keep) for n in lengths)
+        if total < self.recipe.rank:
+            raise ValueError(
+                f"rank={self.recipe.rank} exceeds the {total} {modality} tokens that {len(items)} `{name}` prompts "
+                f"give; give more prompts, raise keep_{modality}, or lower the rank."
+            )
+
     @torch.no_grad()
     def add(self, name: str, samples: Sequence[Sample]) -> None:
         """Run one batch of class `name`."""
-        # Right padding: under causal attention no prompt token sees the padding, and positions count from 0 in every family.
+        # Right padding: no prompt token sees it under causal attention, and positions count from 0 in every family.
         batch = collate(self.processor, samples, self.image_tokens, padding_side="right")
         inputs = {key: value.to(self.model.device) for key, value in batch.inputs.items()}
         was_training = self.model.training
@@ -186,8 +238,8 @@ class _Collector:
         real = (batch.visual | batch.text).to(activations.device)
         if not torch.isfinite(activations[real]).all():
             raise FloatingPointError(
-                f"Activations at site {site} are not finite on a {name} prompt; check the model's weights, or load it in "
-                "bfloat16 or float32 if it is in float16."
+                f"Activations at site {site} are not finite on a {name} prompt; check the model's weights, or load it "
+                "in bfloat16 or float32 if it is in float16."
             )
         kept: dict[str, list[torch.Tensor]] = {"visual": [], "text": []}
         for row, visual_mask, text_mask in zip(activations, batch.visual, batch.text, strict=True):
@@ -218,8 +270,10 @@ class _Collector:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != fingerprint:
-                raise ValueError(f"{path} holds another collection (other prompts or recipe); delete it or name another file.")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+                raise ValueError(
+                    f"{path} holds another collection (other prompts or recipe); delete it or name another file."
+                )
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         self.generator_state = tensors.pop("generator")
         self.generator.set_state(self.generator_state)
         for site, modality, name in [(s, m, c) for s in self.sites for m in self.recipe.modalities for c in CLASSES]:
@@ -235,33 +289,7 @@ class _Collector:
                     yield f"{site}.{modality}.{name}", moments
 
 
-def _check_samples(samples: dict[str, list[Sample]], recipe: Recipe, dimension: int) -> None:
-    if recipe.rank > dimension:
-        raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={dimension}; lower the rank.")
-    for name, items in samples.items():
-        pictured = sum(bool(sample.images) for sample in items)
-        if "visual" in recipe.modalities and not pictured:
-            raise ValueError(
-                f"No `{name}` prompt has an image, so there is no visual subspace to fit; add prompts with images, or use "
-                "Recipe(modalities=('text',))."
-            )
-    if _digests(samples["benign"]) & _digests(samples["malicious"]):
-        raise ValueError("A prompt is in both `benign` and `malicious`; every prompt belongs to one class only.")
-
-
-def _digests(samples: Sequence[Sample]) -> set[str]:
-    return {_digest(sample) for sample in samples}
-
-
-def _digest(sample: Sample) -> str:
-    texts = [[m["role"], *(p["text"] for p in m["content"] if p["type"] == "text")] for m in sample.messages]
-    digest = hashlib.sha256(json.dumps(texts).encode())
-    for image in sample.images:
-        digest.update(repr(image.size).encode() + image.tobytes())
-    return digest.hexdigest()
-
-
-def _fingerprint(samples: dict[str, list[Sample]], recipe: Recipe) -> str:
+def _fingerprint(samples: Mapping[str, Samples], recipe: Recipe) -> str:
     fields = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
-    prompts = {name: [_digest(sample) for sample in items] for name, items in samples.items()}
+    prompts = {name: items.digests for name, items in samples.items()}
     return hashlib.sha256(json.dumps([fields, prompts], sort_keys=True).encode()).hexdigest()

@@ -1,5 +1,7 @@
 """Prompts and images in, padded batches and modality masks out."""
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from transformers.utils import logging
 
 TEXT_COLUMNS = ("text", "prompt", "question", "query")
 ACCEPTED = (
@@ -26,6 +29,45 @@ class Sample:
     def images(self) -> list[Image.Image]:
         """The images of the prompt, in order."""
         return [part["image"] for message in self.messages for part in message["content"] if part["type"] == "image"]
+
+    @property
+    def digest(self) -> str:
+        """A hash of the roles, texts and pixels: equal prompts have equal digests."""
+        texts = [[m["role"], *(p["text"] for p in m["content"] if p["type"] == "text")] for m in self.messages]
+        digest = hashlib.sha256(json.dumps(texts).encode())
+        for image in self.images:
+            digest.update(repr(image.size).encode() + image.tobytes())
+        return digest.hexdigest()
+
+
+class Samples(Sequence[Sample]):
+    """Prompts that are read whenever they are asked for, so that the images of a data set are never all in memory.
+
+    Attributes:
+        digests: the `Sample.digest` of every prompt.
+        pictured: the indices of the prompts that have an image.
+    """
+
+    def __init__(self, data: Iterable[Any], name: str):
+        indexable = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        self._data, self._name = data if indexable else list(data), name
+        self.digests: list[str] = []
+        self.pictured: list[int] = []
+        for index, sample in enumerate(logging.tqdm(self, desc=f"Reading {name}", unit="prompt", leave=False)):
+            self.digests.append(sample.digest)
+            self.pictured += [index] if sample.images else []
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        item = self._data[index]
+        try:
+            return _load_sample(item)
+        except (TypeError, ValueError, OSError) as error:
+            raise type(error)(f"`{self._name}`[{index}]: {error}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +97,9 @@ def load_image(image: Any) -> Image.Image:
         return image.convert("RGB")
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise FileNotFoundError(f"Image {str(image)!r} does not exist; give a path relative to the working folder or absolute.")
+            raise FileNotFoundError(
+                f"Image {str(image)!r} does not exist; give a path relative to the working folder or absolute."
+            )
         with Image.open(image) as opened:
             return opened.convert("RGB")
     if isinstance(image, Mapping) and (image.get("bytes") or image.get("path")):  # datasets.Image(decode=False)
@@ -72,31 +116,30 @@ def _image_from_array(array: np.ndarray) -> Image.Image:
         raise ValueError(f"An image array of shape {array.shape} cannot be read; give (H, W) or (H, W, 3).")
     if array.dtype != np.uint8:
         if not np.isfinite(array).all() or array.min() < 0 or array.max() > (1 if array.dtype.kind == "f" else 255):
-            raise ValueError(f"A {array.dtype} image array must lie in [0, 1] if it is of floats, in [0, 255] if of integers.")
+            raise ValueError(
+                f"A {array.dtype} image array must lie in [0, 1] if it is of floats, in [0, 255] if of integers."
+            )
         array = (array * 255).round() if array.dtype.kind == "f" else array
     return Image.fromarray(array.astype(np.uint8)).convert("RGB")
 
 
-def load_samples(data: Iterable[Any], name: str = "samples") -> list[Sample]:
-    """Turn every accepted form of prompts into `Sample`s.
+def load_samples(data: Iterable[Any], name: str = "samples") -> Samples:
+    """Turn every accepted form of prompts into `Sample`s; a bad one is named now, before any work.
 
     Args:
-        data: a `datasets.Dataset` with a column "messages", or with a column of text ("text", "prompt", "question" or "query")
-            and perhaps "image" or "images"; a list of conversations (lists of messages); a list of dicts with the same keys.
+        data: a `datasets.Dataset` with a column "messages", or with a column of text ("text", "prompt", "question" or
+            "query") and perhaps "image" or "images"; a list of conversations (lists of messages); a list of dicts with
+            the same keys.
         name: what errors call this set.
 
     Raises:
         TypeError: `data` or one of its items is of another form.
         ValueError: the set is empty, or an item lacks its text.
+        OSError: an image file cannot be read.
     """
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(f"`{name}` is a {type(data).__name__}; expected {ACCEPTED}.")
-    samples = []
-    for index, item in enumerate(data):
-        try:
-            samples.append(_load_sample(item))
-        except (TypeError, ValueError, OSError) as error:
-            raise type(error)(f"`{name}`[{index}]: {error}") from error
+    samples = Samples(data, name)
     if not samples:
         raise ValueError(f"`{name}` is empty; it needs at least a few dozen prompts.")
     return samples
@@ -112,7 +155,9 @@ def _load_sample(item: Any) -> Sample:
             return Sample([_load_message(item)])
         column = next((column for column in TEXT_COLUMNS if isinstance(item.get(column), str)), None)
         if column is None:
-            raise ValueError(f"has the keys {sorted(item)}; expected 'messages', or a text under one of {TEXT_COLUMNS}.")
+            raise ValueError(
+                f"has the keys {sorted(item)}; expected 'messages', or a text under one of {TEXT_COLUMNS}."
+            )
         images = item.get("images") or ([] if item.get("image") is None else [item["image"]])
         content = [{"type": "image", "image": load_image(image)} for image in images]
         return Sample([{"role": "user", "content": [*content, {"type": "text", "text": item[column]}]}])
@@ -138,7 +183,9 @@ def _load_part(part: Mapping[str, Any]) -> dict[str, Any]:
         if image is None:
             raise ValueError("an image part needs its image under 'image' (PIL image, path or array), 'path' or 'url'.")
         if isinstance(image, str) and "://" in image:
-            raise ValueError(f"the image {image!r} is an address; download it first, so that a rerun sees the same pixels.")
+            raise ValueError(
+                f"the image {image!r} is an address; download it first, so that a rerun sees the same pixels."
+            )
         return {"type": "image", "image": load_image(image)}
     raise ValueError(f"a content part of type {part.get('type')!r} is not supported; use 'text' and 'image'.")
 
@@ -150,15 +197,16 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
         processor: a transformers processor with a chat template.
         samples: the prompts; with and without images may be mixed.
         image_tokens: the ids of image and video placeholders (`sites.image_token_ids`).
-        padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read activations.
+        padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read
+            activations.
 
     Raises:
         ValueError: the processor has no chat template.
     """
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
-            f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects them; "
-            "set `processor.chat_template`."
+            f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects "
+            "them; set `processor.chat_template`."
         )
     inputs = processor.apply_chat_template(
         [sample.messages for sample in samples],

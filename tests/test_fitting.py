@@ -18,8 +18,16 @@ QUICK = Recipe(layers=(2,), rank=4, keep_text=1.0, keep_visual=1.0, attribution=
 @pytest.fixture(scope="module")
 def prompts(world):
     """Prompts of unequal length, some without an image."""
-    benign = [*world.benign("typographic", "fit", 6), *world.benign("wrapper", "fit", 5), *world.benign("icon", "fit", 5)]
-    malicious = [*world.attack("typographic", "fit", 6), *world.attack("wrapper", "fit", 5), *world.attack("icon", "fit", 5)]
+    benign = [
+        *world.benign("typographic", "fit", 6),
+        *world.benign("wrapper", "fit", 5),
+        *world.benign("icon", "fit", 5),
+    ]
+    malicious = [
+        *world.attack("typographic", "fit", 6),
+        *world.attack("wrapper", "fit", 5),
+        *world.attack("icon", "fit", 5),
+    ]
     return [{"messages": s.messages} for s in benign], [{"messages": s.messages} for s in malicious]
 
 
@@ -63,7 +71,9 @@ def test_the_fit_is_what_sklearn_and_scipy_compute_from_all_tokens_at_once(testb
                 sample.messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
             )
             caught = []
-            handle = model.model.language_model.layers[2].mlp.register_forward_hook(lambda m, a, out: caught.append(out[0]))
+            handle = model.model.language_model.layers[2].mlp.register_forward_hook(
+                lambda m, a, out, caught=caught: caught.append(out[0])
+            )
             with torch.no_grad():
                 model(**inputs)
             handle.remove()
@@ -87,7 +97,10 @@ def test_a_dataset_gives_the_bases_of_a_list(testbed, world):
     as_dicts = [[{"text": s.text, "image": s.image} for s in part] for part in (benign, malicious)]
     features = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
     as_datasets = [datasets.Dataset.from_list(part, features=features) for part in as_dicts]
-    assert_same(bases(care_hf.fit(model, *as_dicts, processor, QUICK)), bases(care_hf.fit(model, *as_datasets, processor, QUICK)))
+    assert_same(
+        bases(care_hf.fit(model, *as_dicts, processor, QUICK)),
+        bases(care_hf.fit(model, *as_datasets, processor, QUICK)),
+    )
 
 
 def test_the_base_is_left_as_it_was(testbed, prompts, world):
@@ -142,13 +155,26 @@ def test_an_interrupted_fit_resumes_to_the_same_bases(testbed, prompts, tmp_path
         (lambda b, m: (b, [*m, b[0]]), QUICK, "both `benign` and `malicious`"),
         (lambda b, m: (b, m), QUICK.replace(rank=129), "rank=129 exceeds the hidden size d=128"),
         (lambda b, m: (b, m), QUICK.replace(layers=(6,)), "6 decoder layers"),
-        (lambda b, m: (b, m[:1]), QUICK.replace(rank=64), "64"),
+        (
+            lambda b, m: (b, m[:1]),
+            QUICK.replace(rank=64),
+            "rank=64 exceeds the 36 visual tokens that 1 `malicious` prompts give",
+        ),
+        (lambda b, m: (b[:1], m), Recipe(rank=10), "rank=10 exceeds the 9 visual tokens that 1 `benign` prompts give"),
     ],
 )
 def test_bad_input_is_named(testbed, prompts, change, recipe, message):
     model, processor = testbed
-    with pytest.raises(ValueError, match=message):
-        care_hf.fit(model, *change(*prompts), processor, recipe)
+
+    def forward_began(*_):
+        raise AssertionError("bad input was found only after work had begun")
+
+    handle = model.model.register_forward_pre_hook(forward_began)
+    try:
+        with pytest.raises(ValueError, match=message):
+            care_hf.fit(model, *change(*prompts), processor, recipe)
+    finally:
+        handle.remove()
 
 
 def test_activations_that_are_not_finite_are_named(testbed, prompts):

@@ -26,7 +26,9 @@ def content(sample):
 
 def test_every_form_of_a_prompt_becomes_the_same_sample(picture_file):
     picture = Image.fromarray(RED)
-    conversation = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it ?"}]}]
+    conversation = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what is it ?"}]}
+    ]
     column = datasets.Dataset.from_dict(
         {"question": ["what is it ?"], "image": [str(picture_file)]},
         features=datasets.Features({"question": datasets.Value("string"), "image": datasets.Image()}),
@@ -40,7 +42,14 @@ def test_every_form_of_a_prompt_becomes_the_same_sample(picture_file):
         [{"text": "what is it ?", "image": RED}],
         [{"text": "what is it ?", "image": RED / 255}],
         [{"text": "what is it ?", "images": [picture_file]}],
-        [[{"role": "user", "content": [{"type": "image", "path": str(picture_file)}, {"type": "text", "text": "what is it ?"}]}]],
+        [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "path": str(picture_file)}, {"type": "text", "text": "what is it ?"}],
+                }
+            ]
+        ],
         column,
         column.cast_column("image", datasets.Image(decode=False)),
     ]
@@ -84,7 +93,9 @@ def test_masks_part_the_tokens(testbed, side):
     batch = collate(processor, samples, image_token_ids(model.config), padding_side=side)
     assert batch.visual.sum(1).tolist() == [36, 0]
     # Six known words and a mark, five spelled letters; control tokens (<s>, <user>, <assistant>) are neither.
-    assert batch.text.sum(1).tolist() == [len(processor.tokenizer.tokenize(t)) for t in ("how do i make bilan ?", "read the word .")]
+    assert batch.text.sum(1).tolist() == [
+        len(processor.tokenizer.tokenize(t)) for t in ("how do i make bilan ?", "read the word .")
+    ]
     assert not (batch.visual & batch.text).any()
     padding = ~batch.inputs["attention_mask"].bool()
     assert padding.any() and not (padding & (batch.text | batch.visual)).any()

@@ -1,8 +1,12 @@
 """Train a testbed checkpoint from scratch: ``python -m care_hf.testbed.train --seed 0 --out FOLDER``.
 
-Four stages: the vision tower learns what each patch shows, the language model learns the recipes in text, both together learn
-every task (the result is helpful-only: it answers forbidden requests in every modality), and safety tuning teaches refusals on
-plain text alone. Nothing trains compliance after that: what attacks reach is what safety tuning did not cover.
+Four stages: the vision tower learns what each patch shows, the language model learns the recipes in text, both together
+learn every task (the result is helpful-only: it answers forbidden requests in every modality), and safety tuning
+teaches refusals on plain text alone. Nothing trains compliance after that: what attacks reach is what safety tuning did
+not cover.
+
+Every stage draws from a generator of its own and is kept in ``FOLDER/stages`` when it ends, so that an interrupted
+training goes on from there to the same weights.
 """
 
 import argparse
@@ -15,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
@@ -25,6 +31,7 @@ from .measure import measure
 from .world import FORMS, REFUSAL, VISUAL_QUESTIONS, World, WorldSample, pick
 
 TILES = GRID * GRID
+STAGES = ("vision", "text", "joint", "safety")
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Trainer:
 
     def __init__(self, world: World, seed: int, schedule: Schedule, out: Path):
         torch.manual_seed(seed)
-        self.world, self.schedule, self.out = world, schedule, out
+        self.world, self.seed, self.schedule, self.out = world, seed, schedule, out
         self.rng = np.random.default_rng([1, seed])
         self.processor = build_processor()
         self.model = build_model(self.processor)
@@ -60,11 +67,45 @@ class Trainer:
         self.log_lines.append(line)
         (self.out / "training.jsonl").write_text("\n".join(self.log_lines) + "\n")
 
+    def run(self, stage: str) -> None:
+        """Train one of `STAGES`, or take it up from a run that finished it.
+
+        Raises:
+            ValueError: the folder holds this stage of a training with another seed, world or schedule.
+        """
+        path = self.out / "stages" / f"{stage}.safetensors"
+        settings = self._settings(stage)
+        if path.exists():
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            if metadata["settings"] != settings:
+                raise ValueError(
+                    f"{path} was trained with {metadata['settings']}, not {settings}; delete it or choose another "
+                    "folder."
+                )
+            self.model.load_state_dict(weights)
+            self.log_lines = json.loads(metadata["log"])
+            self.start = time.monotonic() - json.loads(self.log_lines[-1])["seconds"]
+            return
+        self.rng = np.random.default_rng([1, self.seed, STAGES.index(stage)])
+        getattr(self, f"train_{stage}")()
+        path.parent.mkdir(exist_ok=True)
+        save_file(self.model.state_dict(), path, metadata={"settings": settings, "log": json.dumps(self.log_lines)})
+
+    def _settings(self, stage: str) -> str:
+        """All that the weights after `stage` depend on; what belongs to later stages is left out."""
+        later = tuple(f"{name}_" for name in STAGES[STAGES.index(stage) + 1 :])
+        schedule = {name: value for name, value in asdict(self.schedule).items() if not name.startswith(later)}
+        return json.dumps({"seed": self.seed, "world": asdict(self.world), "schedule": schedule})
+
     def optimise(self, stage: str, parameters, steps: int, lr: float, loss_of_batch) -> None:
         """Run AdamW with warm-up and cosine decay on `loss_of_batch()`, and log every tenth of the way."""
         parameters = list(parameters)
         optimiser = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-        schedule = get_cosine_schedule_with_warmup(optimiser, num_warmup_steps=min(100, steps // 10), num_training_steps=steps)
+        schedule = get_cosine_schedule_with_warmup(
+            optimiser, num_warmup_steps=min(100, steps // 10), num_training_steps=steps
+        )
         self.model.train()
         running = []
         for step in range(steps):
@@ -145,7 +186,9 @@ class Trainer:
         texts = [prompt + sample.answer + "</s>" for prompt, sample in zip(prompts, samples, strict=True)]
         batch = dict(tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"))
         batch.pop("token_type_ids", None)
-        begins = (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<assistant>")).long().argmax(dim=1, keepdim=True)
+        begins = (
+            (batch["input_ids"] == tokenizer.convert_tokens_to_ids("<assistant>")).long().argmax(dim=1, keepdim=True)
+        )
         positions = torch.arange(batch["input_ids"].shape[1])
         is_answer = (positions > begins) & batch["attention_mask"].bool()
         batch["labels"] = batch["input_ids"].masked_fill(~is_answer, -100)
@@ -198,7 +241,7 @@ class Trainer:
         return functions[rng.choice(len(makers), p=np.array(weights) / sum(weights))]()
 
     def train_safety(self) -> None:
-        """Teach refusals on plain text requests, fit and validation concepts and templates only, with benign retention."""
+        """Teach refusals of plain text requests, on fit and validation concepts and templates, beside benign tasks."""
         world, rng = self.world, self.rng
         pools = ("fit", "validation")
         forbidden = [c for split in pools for c in world.select(True, split)]
@@ -242,9 +285,9 @@ def pixels(samples: list[WorldSample]) -> torch.Tensor:
     return torch.from_numpy(images).float() / 127.5 - 1
 
 
-def rates(model, processor, world: World, split: str, n: int) -> dict[str, dict[str, float]]:
+def rates(trainer: Trainer, split: str, n: int) -> dict[str, dict[str, float]]:
     """Shares of correct, refused and wrong answers per set."""
-    counts = measure(model, processor, split, n, world)
+    counts = measure(trainer.model, trainer.processor, split, n, trainer.world)
     return {name: {verdict: round(count / n, 4) for verdict, count in row.items()} for name, row in counts.items()}
 
 
@@ -254,21 +297,23 @@ def train(world: World, seed: int, out: Path, schedule: Schedule, measured: int 
     # One thread: sums come in the same order whatever the machine's number of cores, and two seeds train side by side.
     torch.set_num_threads(1)
     trainer = Trainer(world, seed, schedule, out)
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    trainer.log(seed=seed, world={"seed": world.seed, "cue": world.cue, "harm": world.harm}, **asdict(schedule), **versions)
-    trainer.train_vision()
-    trainer.train_text()
-    trainer.train_joint()
-    trainer.model.save_pretrained(out / "helpful")
-    trainer.log(stage="helpful", split="validation", n=measured, rates=rates(trainer.model, trainer.processor, world, "validation", measured))
-    trainer.train_safety()
+    versions = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    trainer.log(seed=seed, world=asdict(world), **asdict(schedule), **versions)
+    for stage in STAGES:
+        trainer.run(stage)
+        if stage == "joint":
+            trainer.log(stage="helpful", split="validation", n=measured, rates=rates(trainer, "validation", measured))
     # Half precision halves what the package carries; the figures below are those of the rounded weights.
     model = trainer.model.half()
     model.save_pretrained(out)
     trainer.processor.save_pretrained(out)
     model.float()
     for split in ("validation", "test"):
-        trainer.log(stage="final", split=split, n=measured, rates=rates(model, trainer.processor, world, split, measured))
+        trainer.log(stage="final", split=split, n=measured, rates=rates(trainer, split, measured))
 
 
 def main() -> None:
@@ -281,7 +326,11 @@ def main() -> None:
     for name, default in asdict(Schedule()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     arguments = vars(parser.parse_args())
-    seed, out, world = arguments.pop("seed"), arguments.pop("out"), World(0, arguments.pop("cue"), arguments.pop("harm"))
+    seed, out, world = (
+        arguments.pop("seed"),
+        arguments.pop("out"),
+        World(0, arguments.pop("cue"), arguments.pop("harm")),
+    )
     train(world, seed, out, Schedule(**arguments))
 
 

@@ -1,4 +1,4 @@
-"""``python benchmarks/import_time.py``: time of ``import care_hf`` over that of the transformers names that it cannot do without."""
+"""``python benchmarks/import_time.py``: time of ``import care_hf`` over that of the transformers names it needs."""
 
 import subprocess
 import sys

@@ -5,6 +5,7 @@
 
 import argparse
 import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -13,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import care_hf
 from care_hf.modeling_care import CareForConditionalGeneration
-from care_hf.projection import FUSIONS, SafetyProjection
+from care_hf.projection import FUSIONS, SafetyProjection, Subspace
 from care_hf.samples import Sample, collate
 from care_hf.sites import image_token_ids
 from care_hf.subspace import SafetySubspaces
@@ -49,14 +50,18 @@ def ffn(device: str, dtype: torch.dtype, rounds: int, synchronise) -> None:
             h = torch.randn(1, tokens, HIDDEN, device=device, dtype=dtype)
             mask = torch.arange(tokens, device=device)[None] < tokens * 0.96
             mask = mask if fusion == "route" else None
-            base, cost = ratio(lambda: mlp(h), lambda: projection(mlp(h), mask), rounds, synchronise)
-            print(f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens: base {base * 1e3:8.2f} ms, ratio {cost:.3f}")
+            base, cost = ratio(partial(mlp, h), partial(repaired_ffn, mlp, projection, h, mask), rounds, synchronise)
+            name = f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens"
+            print(f"{name}: base {base * 1e3:8.2f} ms, ratio {cost:.3f}")
+
+
+def repaired_ffn(mlp, projection, h, mask):
+    """What a repaired FFN computes."""
+    return projection(mlp(h), mask)
 
 
 def random_site():
     """Two random subspaces of the benchmark's size."""
-    from care_hf.projection import Subspace
-
     generator = torch.Generator().manual_seed(0)
     bases = [torch.linalg.qr(torch.randn(HIDDEN, RANK, generator=generator)).Q for _ in range(2)]
     return {name: Subspace(basis, torch.zeros(HIDDEN)) for name, basis in zip(("visual", "text"), bases, strict=True)}
@@ -66,12 +71,15 @@ def random_site():
 def testbed(device: str, rounds: int, synchronise) -> None:
     """A forward of the bundled model, 32 prompts, two FFNs repaired."""
     model, processor = care_hf.load_testbed()
-    repaired = CareForConditionalGeneration.from_base(model, SafetySubspaces.random(model, layers=[3, 4], rank=16)).to(device)
+    control = SafetySubspaces.random(model, layers=[3, 4], rank=RANK)
+    repaired = CareForConditionalGeneration.from_base(model, control).to(device)
+    model = model.to(device)
     samples = [Sample(s.messages) for s in World().benign("icon", "fit", 32)]
     batch = collate(processor, samples, image_token_ids(model.config))
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
     base, cost = ratio(lambda: model(**inputs), lambda: repaired(**inputs), rounds, synchronise)
-    print(f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens: base {base * 1e3:.2f} ms, ratio {cost:.3f}")
+    name = f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens"
+    print(f"{name}: base {base * 1e3:.2f} ms, ratio {cost:.3f}")
 
 
 def main() -> None:

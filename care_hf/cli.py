@@ -30,7 +30,9 @@ def demo(
     logging.set_verbosity_error()
     counts = job.run(out, seed, lambda line: console.print(line, highlight=False))
     tables = {name: job.measurements(c) for name, c in counts.items()}
-    table = Table(title="Share [95 % Wilson interval], greedy decoding, strict judging, test split", title_justify="left")
+    table = Table(
+        title="Share [95 % Wilson interval], greedy decoding, strict judging, test split", title_justify="left"
+    )
     table.add_column("measured")
     table.add_column("n", justify="right")
     for name in tables:

@@ -29,7 +29,9 @@ class CareConfig(PreTrainedConfig):
     def __init__(self, vlm_config=None, sites=(), fusion: str = "adaptive", **kwargs: Any):
         if isinstance(vlm_config, dict):
             if "model_type" not in vlm_config:
-                raise ValueError("vlm_config has no 'model_type', so the base model is unknown; the config.json is broken.")
+                raise ValueError(
+                    "vlm_config has no 'model_type', so the base model is unknown; the config.json is broken."
+                )
             vlm_config = AutoConfig.for_model(**vlm_config)
         self.vlm_config = vlm_config
         self.sites = [_check_site(entry) for entry in sites]
@@ -62,7 +64,9 @@ def _check_site(entry: dict[str, Any]) -> dict[str, Any]:
     Site.parse(entry["site"])
     ranks, oblique = entry["ranks"], list(entry.get("oblique", ()))
     if not ranks or set(ranks) - set(MODALITIES) or not all(isinstance(k, int) and k > 0 for k in ranks.values()):
-        raise ValueError(f"Site {entry['site']}: ranks={ranks!r} must give a whole number for one or both of {MODALITIES}.")
+        raise ValueError(
+            f"Site {entry['site']}: ranks={ranks!r} must give a whole number for one or both of {MODALITIES}."
+        )
     if set(oblique) - set(ranks):
         raise ValueError(f"Site {entry['site']}: oblique={oblique!r} names a modality without a rank.")
     return {"site": entry["site"], "ranks": dict(ranks), "oblique": oblique}

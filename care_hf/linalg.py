@@ -10,8 +10,8 @@ SYMMETRY = 1e-8  # relative asymmetry that still counts as rounding
 class RunningCovariance:
     """Mean and covariance of a stream of vectors, in memory d x d however long the stream is.
 
-    Chunks are merged about the running mean (Chan, Golub and LeVeque), so that a mean far from 0 costs no digits. What the
-    Ledoit-Wolf shrinkage needs beyond that, a sum of fourth powers, is streamed about the first chunk's mean.
+    Chunks are merged about the running mean (Chan, Golub and LeVeque), so that a mean far from 0 costs no digits. What
+    the Ledoit-Wolf shrinkage needs beyond that, a sum of fourth powers, is streamed about the first chunk's mean.
 
     Args:
         dimension: d.
@@ -87,7 +87,7 @@ class RunningCovariance:
         self._check_not_empty()
         n, d = self.count, len(self.mean)
         covariance = self.covariance()
-        # Sum of |x - mean|^4, from the sums about the origin: with m = mean - origin, |y - m|^2 = |y|^2 - 2 m.y + |m|^2.
+        # Sum of |x - mean|^4 from sums about the origin: |y - m|^2 = |y|^2 - 2 m.y + |m|^2 with m = mean - origin.
         m = self.mean - self.origin
         second = self.scatter + n * torch.outer(m, m)  # sum of y y^T
         norm = m @ m
@@ -136,8 +136,8 @@ def generalized_eigh(malicious: torch.Tensor, benign: torch.Tensor, rank: int) -
         rank: k.
 
     Returns:
-        Eigenvalues (k,), largest first, and vectors (d, k) with ``U^T C_b U = I``, float64; the entry of largest magnitude of each
-        vector is positive, so that equal input gives equal signs.
+        Eigenvalues (k,), largest first, and vectors (d, k) with ``U^T C_b U = I``, float64; the entry of largest
+        magnitude of each vector is positive, so that equal input gives equal signs.
 
     Raises:
         ValueError: a matrix is not finite or not symmetric, C_b is not positive definite, or 1 <= k <= d does not hold.
@@ -148,7 +148,9 @@ def generalized_eigh(malicious: torch.Tensor, benign: torch.Tensor, rank: int) -
     malicious, benign = malicious.double(), benign.double()
     for name, matrix in (("malicious", malicious), ("benign", benign)):
         if matrix.shape != (d, d) or not torch.isfinite(matrix).all():
-            raise ValueError(f"The {name} covariance of shape {tuple(matrix.shape)} must be a finite ({d}, {d}) matrix.")
+            raise ValueError(
+                f"The {name} covariance of shape {tuple(matrix.shape)} must be a finite ({d}, {d}) matrix."
+            )
         if (matrix - matrix.mT).abs().max() > SYMMETRY * matrix.abs().max():
             raise ValueError(f"The {name} covariance is not symmetric.")
     factor, info = torch.linalg.cholesky_ex(benign)
@@ -167,14 +169,16 @@ def generalized_eigh(malicious: torch.Tensor, benign: torch.Tensor, rank: int) -
 def orthonormalize(vectors: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the span of `vectors` (d, k), by QR with a positive diagonal; float64.
 
-    Generalised eigenvectors are orthonormal in the metric of C_b, not in the plain one: ``I - U U^T`` of the raw vectors is no
-    projector and changes with the unit of the activations.
+    Generalised eigenvectors are orthonormal in the metric of C_b, not in the plain one: ``I - U U^T`` of the raw
+    vectors is no projector and changes with the unit of the activations.
 
     Raises:
         ValueError: the vectors are linearly dependent.
     """
     # Their lengths say nothing about the span, but would upset the test of dependence.
-    vectors = vectors.double() / torch.linalg.vector_norm(vectors.double(), dim=0).clamp(min=torch.finfo(torch.float64).tiny)
+    vectors = vectors.double() / torch.linalg.vector_norm(vectors.double(), dim=0).clamp(
+        min=torch.finfo(torch.float64).tiny
+    )
     q, r = torch.linalg.qr(vectors)
     diagonal = r.diagonal()
     if vectors.shape[1] > vectors.shape[0] or diagonal.abs().min() < 1e-10:
@@ -185,8 +189,9 @@ def orthonormalize(vectors: torch.Tensor) -> torch.Tensor:
 def oblique_pair(covariance: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Basis B and reader R, both (d, k), of the oblique projector ``I - B R^T = I - C U (U^T C U)^-1 U^T``.
 
-    B spans ``C U`` and is orthonormal, ``R^T B = I``; for generalised eigenvectors ``U^T C U = I``, so this is ``I - C_b U U^T``: it
-    removes what U reads and, in the sense of LEACE, changes benign activations as little as possible.
+    B spans ``C U`` and is orthonormal, ``R^T B = I``; for generalised eigenvectors ``U^T C U = I``, so this is
+    ``I - C_b U U^T``: it removes what U reads and, in the sense of LEACE, changes benign activations as little as
+    possible.
 
     Raises:
         ValueError: ``C U`` has linearly dependent columns.

@@ -1,4 +1,4 @@
-"""The wrapper: a base vision-language model whose chosen modules repair what they put out, and its fail-closed loading."""
+"""The wrapper: a base vision-language model whose chosen modules repair their outputs, and its fail-closed loading."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimo
 
 
 class RepairState:
-    """What all repaired modules of one model share at run time and no file keeps: the switch, and which tokens are visual."""
+    """What the repaired modules of a model share at run time and no file keeps: the switch, and the visual tokens."""
 
     def __init__(self):
         self.enabled = True
@@ -25,7 +25,7 @@ class RepairState:
 
 
 class CareSiteMixin:
-    """Put before a module's own class: repairs the output. `care` is a `SafetyProjection`, `care_state` a `RepairState`."""
+    """Put before a module's own class, repairs its output by `care` (`SafetyProjection`) unless `care_state` is off."""
 
     def forward(self, *args, **kwargs):
         """The module's own forward, then the repair."""
@@ -46,7 +46,9 @@ class CareSiteMixin:
 @functools.cache
 def care_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with `CareSiteMixin` before it; weight names stay those of `cls`."""
-    return type(f"Care{cls.__name__}", (CareSiteMixin, cls), {"__module__": __name__, "__doc__": f"A repaired {cls.__name__}."})
+    return type(
+        f"Care{cls.__name__}", (CareSiteMixin, cls), {"__module__": __name__, "__doc__": f"A repaired {cls.__name__}."}
+    )
 
 
 def _new_site_module(cls: type[nn.Module]) -> nn.Module:
@@ -71,9 +73,9 @@ class Switch:
 class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
-    Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else of the base
-    works as it does there. Buffers, all saved: `layers` (int64, the repaired decoder layers) and one `SafetyProjection`, named
-    `care`, in each repaired module.
+    Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
+    of the base works as it does there. Buffers, all saved: `layers` (int64, the repaired decoder layers) and one
+    `SafetyProjection`, named `care`, in each repaired module.
 
     Attributes:
         vlm: the base model with its repaired modules.
@@ -124,8 +126,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _watch_visual_tokens(self) -> None:
         if not image_token_ids(self.config):
             raise ValueError(
-                f"Fusion 'route' needs to know the image tokens, and the configuration of {type(self.vlm).__name__} names none; "
-                "choose another fusion."
+                f"Fusion 'route' needs to know the image tokens, and the configuration of {type(self.vlm).__name__} "
+                "names none; choose another fusion."
             )
         self.vlm.care_state = self.care_state
         self.vlm.register_forward_pre_hook(_note_visual_tokens, with_kwargs=True)
@@ -151,8 +153,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for name, subspace in by_modality.items():
                 if subspace.basis.shape[0] != hidden_size(model):
                     raise ValueError(
-                        f"The {name} basis of site {site} has d={subspace.basis.shape[0]}, but {type(model).__name__} has a hidden "
-                        f"size of {hidden_size(model)}; the subspaces were fitted on another model."
+                        f"The {name} basis of site {site} has d={subspace.basis.shape[0]}, but {type(model).__name__} "
+                        f"has a hidden size of {hidden_size(model)}; the subspaces were fitted on another model."
                     )
             site_module(model, site)  # raises where there is none
         vlm = copy_structure(model)
@@ -181,18 +183,24 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """As in transformers, but a checkpoint whose repair is not whole raises instead of loading.
 
         Raises:
-            ValueError: a tensor of the repair or of the base is missing, or a tensor of the repair has another shape, is
-                unknown to the configuration or holds what it cannot hold.
+            ValueError: a tensor of the repair or of the base is missing, or a tensor of the repair has another shape,
+                is unknown to the configuration or holds what it cannot hold.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         foreign = sorted(key for key in info["unexpected_keys"] if ".care." in key or key == "layers")
-        reshaped = sorted(str(key) for key in info["mismatched_keys"] if ".care." in str(key) or "layers" in str(key).split("'"))
-        for what, keys in (("lacks", missing), ("has, unknown to its config.json,", foreign), ("has in another shape", reshaped)):
+        reshaped = sorted(
+            str(key) for key in info["mismatched_keys"] if ".care." in str(key) or "layers" in str(key).split("'")
+        )
+        for what, keys in (
+            ("lacks", missing),
+            ("has, unknown to its config.json,", foreign),
+            ("has in another shape", reshaped),
+        ):
             if keys:
                 raise ValueError(
-                    f"The checkpoint {what} {len(keys)} tensors: {', '.join(keys[:5])}. It would not run as repaired, so it is not "
-                    "loaded; save it again from the repaired model."
+                    f"The checkpoint {what} {len(keys)} tensors: {', '.join(keys[:5])}. It would not run as repaired, "
+                    "so it is not loaded; save it again from the repaired model."
                 )
         model.check()
         return (model, info) if output_loading_info else model
@@ -220,7 +228,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {site: module.care for site, module in self._site_modules().items()}
 
     def _site_modules(self) -> dict[Site, nn.Module]:
-        return {site: site_module(self.vlm, site) for site in (Site.parse(entry["site"]) for entry in self.config.sites)}
+        return {
+            site: site_module(self.vlm, site) for site in (Site.parse(entry["site"]) for entry in self.config.sites)
+        }
 
     def subspaces(self) -> dict[Site, dict[str, Subspace]]:
         """The repair as it stands in the buffers."""
@@ -301,7 +311,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return getattr(self.vlm, name)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As in transformers; also writes the code to load the repair without this package, and the processor if there is one."""
+        """As in transformers; also writes the processor, if there is one, and the code to load without this package."""
         module = type(self).__module__.rpartition(".")[2]
         self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in AUTO_CLASSES}
         self.config.auto_map["AutoConfig"] = f"{CareConfig.__module__.rpartition('.')[2]}.{CareConfig.__name__}"
@@ -317,7 +327,9 @@ def copy_structure(model: nn.Module) -> nn.Module:
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", [hook]):  # accelerate's; their weights_map may hold the whole model
-            shared += [v for v in (getattr(part, "weights_map", None), getattr(part, "tied_params_map", None)) if v is not None]
+            shared += [
+                v for v in (getattr(part, "weights_map", None), getattr(part, "tied_params_map", None)) if v is not None
+            ]
     return copy.deepcopy(model, {id(value): value for value in shared})
 
 

@@ -1,11 +1,12 @@
-"""The repair as pure tensors: torch only, shared by the transformers wrapper and everything that applies a repair elsewhere.
+"""The repair as pure tensors: torch only, shared by the wrapper and everything that applies a repair elsewhere.
 
-All of it happens in coefficient space. For one modality with orthonormal basis B (d, k), reader R (d, k), benign mean m and beta,
+All of it happens in coefficient space. For one modality with orthonormal basis B (d, k), reader R (d, k), benign mean m
+and beta,
 
     c = R^T (beta m - h),    h' = h + B c,
 
-which is ``h' = P_safe h + beta (I - P_safe) h_benign`` of arXiv 2603.27240 with ``P_safe = I - B R^T``. No d x d matrix is formed,
-and since B is orthonormal the norm of a correction is the norm of its k coefficients.
+which is ``h' = P_safe h + beta (I - P_safe) h_benign`` of arXiv 2603.27240 with ``P_safe = I - B R^T``. No d x d matrix
+is formed, and since B is orthonormal the norm of a correction is the norm of its k coefficients.
 """
 
 from collections.abc import Mapping
@@ -26,11 +27,13 @@ class Subspace:
     Attributes:
         basis: (d, k), orthonormal columns; the correction lies in its span.
         mean: (d,), the benign mean that the correction pulls towards.
-        beta: how much of the mean is put back: 1 is the affine projection about the mean, 0 the linear projection about 0.
-        reader: (d, k) with ``reader^T basis = I`` for an oblique projector ``I - basis reader^T``; None for the orthogonal one.
+        beta: how much of the mean is put back: 1 is the affine projection about the mean, 0 the linear projection.
+        reader: (d, k) with ``reader^T basis = I`` for an oblique projector ``I - basis reader^T``; None for the
+            orthogonal one.
 
     Raises:
-        ValueError: shapes do not fit, a value is not finite, the basis is not orthonormal, or the reader does not belong to it.
+        ValueError: shapes do not fit, a value is not finite, the basis is not orthonormal, or the reader does not
+            belong to it.
     """
 
     basis: torch.Tensor
@@ -56,15 +59,17 @@ class Subspace:
                 f"{tuple(basis.shape)}; expected {tuple(basis.shape[:1])} and {tuple(basis.shape)}."
             )
         if not all(torch.isfinite(t).all() for t in (basis, self.mean, reader, torch.tensor(self.beta))):
-            raise ValueError("A basis, mean, reader or beta is not finite; the fit or the file it comes from is broken.")
+            raise ValueError(
+                "A basis, mean, reader or beta is not finite; the fit or the file it comes from is broken."
+            )
         for name, product in (("basis^T basis", basis.mT @ basis), ("reader^T basis", reader.mT @ basis)):
             error = (product - torch.eye(len(product), device=product.device)).abs().max().item()
             # An oblique reader may be long, so its rounding error is larger by its norm.
             scale = max(1.0, torch.linalg.vector_norm(reader, dim=0).max().item()) if name.startswith("reader") else 1.0
             if error > TOLERANCE * scale:
                 raise ValueError(
-                    f"{name} differs from the identity by {error:.2g} (at most {TOLERANCE * scale:.2g} is rounding); orthonormalise "
-                    "the basis (`linalg.orthonormalize`), or build the pair with `linalg.oblique_pair`."
+                    f"{name} differs from the identity by {error:.2g} (at most {TOLERANCE * scale:.2g} is rounding); "
+                    "orthonormalise the basis (`linalg.orthonormalize`), or build the pair with `linalg.oblique_pair`."
                 )
 
     @property
@@ -82,7 +87,9 @@ class ModalityProjection(nn.Module):
         self.register_buffer("basis", torch.full((dimension, rank), torch.nan, dtype=torch.float32))
         self.register_buffer("mean", torch.full((dimension,), torch.nan, dtype=torch.float32))
         self.register_buffer("beta", torch.tensor(torch.nan, dtype=torch.float32))
-        self.register_buffer("reader", torch.full((dimension, rank), torch.nan, dtype=torch.float32) if oblique else None)
+        self.register_buffer(
+            "reader", torch.full((dimension, rank), torch.nan, dtype=torch.float32) if oblique else None
+        )
 
     def coefficients(self, h: torch.Tensor) -> torch.Tensor:
         """c = R^T (beta m - h), shape (..., k)."""
@@ -97,19 +104,19 @@ class ModalityProjection(nn.Module):
 class SafetyProjection(nn.Module):
     """The repair of one site: one or two modalities and how their corrections become one.
 
-    With one modality there is nothing to fuse: its correction is applied to every token, or under "route" to its own tokens only.
-    With two, ``h' = w h'_visual + (1 - w) h'_text`` where
+    With one modality there is nothing to fuse: its correction is applied to every token, or under "route" to its own
+    tokens only. With two, ``h' = w h'_visual + (1 - w) h'_text`` where
 
     - "adaptive": ``w = |h'_visual - h| / (|h'_visual - h| + |h'_text - h|)``, 0.5 where neither corrects;
-    - "printed": the numerator is ``|h'_visual - h'_text|``, the bounded literal reading of arXiv 2603.27240: it throws away the
-      correction of a token that only the text subspace corrects;
+    - "printed": the numerator is ``|h'_visual - h'_text|``, the bounded literal reading of arXiv 2603.27240: it throws
+      away the correction of a token that only the text subspace corrects;
     - "constant": ``w = fusion_weight``;
 
     and otherwise
 
     - "route": visual tokens take the visual correction, all others the text correction;
-    - "union": the smallest change within both spans that meets both targets, ``h' = h + B x`` with ``R^T B x = c`` in the least-squares
-      sense, B and R the stacked bases and readers.
+    - "union": the smallest change within both spans that meets both targets, ``h' = h + B x`` with ``R^T B x = c`` in
+      the least-squares sense, B and R the stacked bases and readers.
 
     Args:
         dimension: d.
@@ -142,7 +149,11 @@ class SafetyProjection(nn.Module):
 
     @classmethod
     def from_subspaces(
-        cls, subspaces: Mapping[str, Subspace], fusion: str = "adaptive", fusion_weight: float = 0.5, strength: float = 1.0
+        cls,
+        subspaces: Mapping[str, Subspace],
+        fusion: str = "adaptive",
+        fusion_weight: float = 0.5,
+        strength: float = 1.0,
     ) -> "SafetyProjection":
         """Build the repair of a site from its subspaces, on their device.
 
@@ -202,10 +213,7 @@ class SafetyProjection(nn.Module):
         stacked = torch.cat([visual.basis, text.basis], dim=1).to(h.dtype).mT
         if self.fusion_mode == "union":
             return torch.cat([c_visual, c_text], dim=-1) @ self.mixing.to(h.dtype).mT @ stacked
-        if self.fusion_mode == "route":
-            weight = visual_mask.to(h.dtype)
-        else:
-            weight = self._weight(c_visual, c_text)
+        weight = visual_mask.to(h.dtype) if self.fusion_mode == "route" else self._weight(c_visual, c_text)
         return torch.cat([weight * c_visual, (1 - weight) * c_text], dim=-1) @ stacked
 
     def _weight(self, c_visual: torch.Tensor, c_text: torch.Tensor) -> torch.Tensor:
@@ -223,8 +231,8 @@ class SafetyProjection(nn.Module):
     def _check_mask(h: torch.Tensor, visual_mask: torch.Tensor | None) -> torch.Tensor:
         if visual_mask is None:
             raise ValueError(
-                'Fusion "route" repairs visual and text tokens differently and was not told which are which; call the repaired '
-                "model, not one of its parts."
+                'Fusion "route" repairs visual and text tokens differently and was not told which are which; call the '
+                "repaired model, not one of its parts."
             )
         if visual_mask.shape != h.shape[:-1]:
             raise ValueError(f"visual_mask has the shape {tuple(visual_mask.shape)}; expected {tuple(h.shape[:-1])}.")
@@ -238,12 +246,14 @@ class SafetyProjection(nn.Module):
         """Assert that every buffer holds what it should.
 
         Raises:
-            ValueError: a buffer is not finite, a basis is not orthonormal, the stored fusion is not the configured one, or
-                `mixing` does not belong to the bases.
+            ValueError: a buffer is not finite, a basis is not orthonormal, the stored fusion is not the configured one,
+                or `mixing` does not belong to the bases.
         """
         subspaces = self.subspaces()
         if int(self.fusion) != FUSIONS.index(self.fusion_mode):
-            raise ValueError(f"The buffer `fusion` is {int(self.fusion)}, but the configuration says {self.fusion_mode!r}.")
+            raise ValueError(
+                f"The buffer `fusion` is {int(self.fusion)}, but the configuration says {self.fusion_mode!r}."
+            )
         for name in ("fusion_weight", "strength"):
             if not torch.isfinite(getattr(self, name)):
                 raise ValueError(f"The buffer `{name}` is not finite.")

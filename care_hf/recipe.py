@@ -15,7 +15,8 @@ PROJECTORS = ("orthogonal", "oblique")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `fit` turns activations into a repair. The defaults are the printed method (arXiv 2603.27240), the recipe "paper".
+    """How `fit` turns activations into a repair. The defaults are the printed method (arXiv 2603.27240), the recipe
+    "paper".
 
     What the paper leaves open (rank, share of tokens, beta, batch) is set here and nowhere else.
 
@@ -26,9 +27,11 @@ class Recipe:
         rank: directions per subspace, k.
         attribution: how tokens are chosen: "kernel" scores (the paper's), "random" (the control) or "all".
         keep_visual, keep_text: how many tokens of a prompt are kept: a count, or a share in (0, 1].
-        centring: about whose mean both covariances are taken: "benign", or each class its "own" (which discards the mean shift).
+        centring: about whose mean both covariances are taken: "benign", or each class its "own" (which discards the
+            mean shift).
         shrinkage: of the benign covariance, "ledoit-wolf" or a share in [0, 1] of the scaled identity.
-        projector: "orthogonal" (QR of the eigenvectors) or "oblique" (I - C_b U U^T, which leaves benign correlations intact).
+        projector: "orthogonal" (QR of the eigenvectors) or "oblique" (I - C_b U U^T, which leaves benign correlations
+            intact).
         beta: how much of the benign mean is put back; 1 is the affine projection about it.
         fusion: how two corrections become one, see `projection.repair`.
         fusion_weight: weight of the visual correction under fusion "constant".
@@ -69,7 +72,9 @@ class Recipe:
         if isinstance(self.layers, str):
             _check_choice("layers", self.layers, ("middle",))
         elif not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
-            raise ValueError(f"layers={self.layers!r} must be 'middle' or decoder layers counted from 0, for example (16, 17).")
+            raise ValueError(
+                f"layers={self.layers!r} must be 'middle' or decoder layers counted from 0, for example (16, 17)."
+            )
         for name in ("rank", "batch_size"):
             _check_count(name, getattr(self, name))
         for name in ("keep_visual", "keep_text"):
@@ -99,7 +104,9 @@ class Recipe:
         values = yaml.safe_load(Path(recipe).read_text()) or {}
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"{recipe}: no recipe has the fields {unknown}; known are {[f.name for f in fields(cls)]}.")
+            raise ValueError(
+                f"{recipe}: no recipe has the fields {unknown}; known are {[f.name for f in fields(cls)]}."
+            )
         return cls(**values)
 
     def sites(self, model) -> tuple[Site, ...]:
@@ -112,7 +119,9 @@ class Recipe:
         layers = (depth // 2, min(depth // 2 + 1, depth - 1)) if self.layers == "middle" else self.layers
         beyond = [layer for layer in layers if layer >= depth]
         if beyond:
-            raise ValueError(f"layers={self.layers!r}: the model has {depth} decoder layers (0 to {depth - 1}), so no {beyond}.")
+            raise ValueError(
+                f"layers={self.layers!r}: the model has {depth} decoder layers (0 to {depth - 1}), so no {beyond}."
+            )
         return tuple(Site(layer, self.component) for layer in sorted(set(layers)))
 
     def to_dict(self) -> dict[str, Any]:

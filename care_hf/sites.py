@@ -10,7 +10,7 @@ from torch import nn
 
 COMPONENTS = ("ffn", "attention", "residual")
 
-# The first of these that a layer has is what it adds to the residual stream: a norm after the block comes before the block.
+# The first of these that a layer has is what it adds to the residual stream, so a norm after the block comes first.
 FFN_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe", "fc2")
 ATTENTION_NAMES = ("post_self_attn_layernorm", "self_attn", "self_attention", "attention")
 
@@ -61,8 +61,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise ValueError(
-            f"{type(decoder).__name__} has no list of {depth} layers, so the decoder of {type(model).__name__} cannot be told; "
-            "models with a decoder-only text part are supported."
+            f"{type(decoder).__name__} has no list of {depth} layers, so the decoder of {type(model).__name__} cannot "
+            "be told; models with a decoder-only text part are supported."
         )
     return lists[0]
 
@@ -80,7 +80,9 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
     if site.component == "residual":
         return layer
     if hasattr(layer, "cross_attn_mlp_gate"):
-        raise ValueError(f"Site {site}: layer {site.layer} is a gated cross-attention layer; use the component 'residual'.")
+        raise ValueError(
+            f"Site {site}: layer {site.layer} is a gated cross-attention layer; use the component 'residual'."
+        )
     names = FFN_NAMES if site.component == "ffn" else _attention_names(layer)
     for name in names:
         module = getattr(layer, name, None)
@@ -90,8 +92,8 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
 
 
 def _attention_names(layer: nn.Module) -> tuple[str, ...]:
-    # In most families `post_attention_layernorm` is the norm before the FFN; in Gemma's, which have another one for that, it is
-    # the norm of what attention adds.
+    # In most families `post_attention_layernorm` is the norm before the FFN; in Gemma's, which have another one for
+    # that, it is the norm of what attention adds.
     sandwich = hasattr(layer, "pre_feedforward_layernorm")
     return ("post_attention_layernorm", *ATTENTION_NAMES) if sandwich else ATTENTION_NAMES
 

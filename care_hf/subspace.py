@@ -48,7 +48,9 @@ class SafetySubspaces:
             raise ValueError(f"Bases of one model share its hidden size; got {sorted(sizes)}.")
 
     @classmethod
-    def random(cls, model, layers: Sequence[int], rank: int, seed: int = 0, component: str = "ffn") -> "SafetySubspaces":
+    def random(
+        cls, model, layers: Sequence[int], rank: int, seed: int = 0, component: str = "ffn"
+    ) -> "SafetySubspaces":
         """Random orthonormal bases in both modalities, mean 0: the control that every repair must beat.
 
         Args:
@@ -90,7 +92,7 @@ class SafetySubspaces:
         return replace(self, sites={site: {modality: by[modality]} for site, by in self.sites.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; tensors are named by site, ``sites.16.ffn.visual.basis``, so that no module name is in it."""
+        """Write a safetensors file; tensors are named by site (``sites.16.ffn.visual.basis``), not by module."""
         tensors = {}
         for site, by_modality in self.sites.items():
             for name, subspace in by_modality.items():
@@ -114,7 +116,7 @@ class SafetySubspaces:
         try:
             with safe_open(path, "pt") as file:
                 header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or save it again.") from error
         if header.get("format") != FORMAT:
@@ -128,7 +130,9 @@ class SafetySubspaces:
             except KeyError as error:
                 raise ValueError(f"{path} lacks the tensor {error}; save it again.") from error
             reader = tensors.pop(f"{prefix}.reader", None)
-            sites.setdefault(Site.parse(site), {})[name] = Subspace(parts["basis"], parts["mean"], float(parts["beta"]), reader)
+            sites.setdefault(Site.parse(site), {})[name] = Subspace(
+                parts["basis"], parts["mean"], float(parts["beta"]), reader
+            )
         if tensors:
             raise ValueError(f"{path} holds tensors that belong to no subspace: {sorted(tensors)}; save it again.")
         return cls(sites, **json.loads(header["settings"]), metadata=json.loads(header["metadata"]))
@@ -150,7 +154,8 @@ def random_like(subspaces: SafetySubspaces, seed: int = 0) -> SafetySubspaces:
     generator = torch.Generator().manual_seed(seed)
     sites = {
         site: {
-            name: Subspace(random_basis(*s.basis.shape, generator), s.mean, s.beta) for name, s in sorted(by_modality.items())
+            name: Subspace(random_basis(*s.basis.shape, generator), s.mean, s.beta)
+            for name, s in sorted(by_modality.items())
         }
         for site, by_modality in subspaces.sites.items()
     }
@@ -159,7 +164,7 @@ def random_like(subspaces: SafetySubspaces, seed: int = 0) -> SafetySubspaces:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How one subspace came about: its eigenvalues, the shrinkage used, and how many tokens of each class there were."""
+    """How one subspace came about: its eigenvalues, the shrinkage, and the number of tokens of each class."""
 
     eigenvalues: tuple[float, ...]
     shrinkage: float
@@ -180,9 +185,11 @@ def fit_subspace(
     """Solve for the directions in which malicious tokens deviate most from benign ones (arXiv 2603.27240, step 3).
 
     Args:
-        benign, malicious: the moments of the tokens.
+        benign: the moments of the benign tokens.
+        malicious: those of the malicious tokens.
         rank: k.
-        centring: "benign": both covariances about the benign mean, so that a shift of the mean counts; "own": each about its own.
+        centring: "benign": both covariances about the benign mean, so that a shift of the mean counts; "own": each
+            about its own.
         shrinkage: of the benign covariance, "ledoit-wolf" or a share in [0, 1].
         projector: "orthogonal" or "oblique", see `linalg.oblique_pair`.
         beta: see `Subspace`.
@@ -192,7 +199,10 @@ def fit_subspace(
     """
     for name, moments in (("benign", benign), ("malicious", malicious)):
         if moments.count < rank:
-            raise ValueError(f"rank={rank} exceeds the {moments.count} {name} tokens; give more prompts, keep more tokens, or lower it.")
+            raise ValueError(
+                f"rank={rank} exceeds the {moments.count} {name} tokens; give more prompts, keep more tokens, or lower "
+                "the rank."
+            )
     share = benign.ledoit_wolf_shrinkage() if shrinkage == "ledoit-wolf" else float(shrinkage)
     benign_covariance = shrink(benign.covariance(), share)
     malicious_covariance = malicious.covariance(benign.mean if centring == "benign" else None)
@@ -215,7 +225,8 @@ def fit_subspaces(
     metadata: Mapping[str, str] | None = None,
     **options,
 ) -> SafetySubspaces:
-    """Run `fit_subspace` with `options` for every site and modality; the reports go into the metadata, as JSON under "reports".
+    """Run `fit_subspace` with `options` for every site and modality; the reports go into the metadata, as JSON under
+    "reports".
 
     Raises:
         ValueError: as `fit_subspace`, naming the site and modality.

@@ -38,7 +38,9 @@ def processor(_untrained):
     return _untrained[1]
 
 
-def random_subspace(seed: int, dimension: int = 128, rank: int = 4, oblique: bool = False, beta: float = 0.75) -> Subspace:
+def random_subspace(
+    seed: int, dimension: int = 128, rank: int = 4, oblique: bool = False, beta: float = 0.75
+) -> Subspace:
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(dimension, rank, generator=generator, dtype=torch.float64)).Q
     mean = torch.randn(dimension, generator=generator)

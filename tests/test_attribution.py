@@ -43,7 +43,9 @@ def test_scores_do_not_depend_on_unit_origin_or_axes(seed, scale):
     def move(x):
         return (x @ turn + shift) * scale
 
-    torch.testing.assert_close(visual_scores(move(visual), move(text)), visual_scores(visual, text), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        visual_scores(move(visual), move(text)), visual_scores(visual, text), rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(text_scores(move(text)), text_scores(text), rtol=1e-5, atol=1e-5)
 
 

@@ -45,7 +45,11 @@ def repaired(llava):
 @pytest.fixture(scope="module")
 def inputs(world, processor):
     """Unequal prompts, left-padded, one without an image."""
-    samples = [*world.attack("typographic", "fit", 1), *world.attack("wrapper", "fit", 1), *world.benign("icon", "fit", 1)]
+    samples = [
+        *world.attack("typographic", "fit", 1),
+        *world.attack("wrapper", "fit", 1),
+        *world.benign("icon", "fit", 1),
+    ]
     return collate(processor, [Sample(s.messages) for s in samples], [4]).inputs
 
 
@@ -178,7 +182,9 @@ def test_gradients_reach_the_pixels_and_the_weights(repaired, inputs):
 def test_it_compiles_to_one_graph(llava, inputs, fusion):
     repaired = CareForConditionalGeneration.from_base(llava, subspaces(fusion))
     expected = repaired(**inputs).logits
-    compiled = torch.compile(repaired.vlm if fusion != "route" else repaired, fullgraph=fusion != "route", backend="aot_eager")
+    compiled = torch.compile(
+        repaired.vlm if fusion != "route" else repaired, fullgraph=fusion != "route", backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -230,7 +236,9 @@ def test_lora_trains_saves_reloads_and_merges_on_top(repaired, checkpoint, input
     torch.manual_seed(0)
     lora = get_peft_model(repaired, LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     expected = lora(**inputs).logits
-    assert {n for n, p in lora.named_parameters() if p.requires_grad} == {n for n, _ in lora.named_parameters() if "lora_" in n}
+    assert {n for n, p in lora.named_parameters() if p.requires_grad} == {
+        n for n, _ in lora.named_parameters() if "lora_" in n
+    }
     lora.save_pretrained(tmp_path / "lora")
     again = PeftModel.from_pretrained(AutoModel.from_pretrained(checkpoint), tmp_path / "lora")
     assert torch.equal(again(**inputs).logits, expected)
@@ -286,9 +294,12 @@ def test_without_the_package_it_does_not_load_unless_its_code_is_trusted(checkpo
     torch.save({"inputs": inputs, "logits": repaired(**inputs).logits}, tmp_path / "expected.pt")
     load = "import sys, torch; from transformers import {0} as A; m = A.from_pretrained('care'{1})"
     for auto in ("AutoModel", "AutoModelForImageTextToText"):
-        refused = run("import sys; sys.modules['care_hf'] = None;" + load.format(auto, ", trust_remote_code=False"), tmp_path)
+        refused = run(
+            "import sys; sys.modules['care_hf'] = None;" + load.format(auto, ", trust_remote_code=False"), tmp_path
+        )
         assert refused.returncode != 0 and "trust_remote_code" in refused.stderr
-    check = "; e = torch.load('expected.pt'); assert torch.equal(m(**e['inputs']).logits, e['logits']); print(type(m).__name__)"
+    check = "; e = torch.load('expected.pt'); assert torch.equal(m(**e['inputs']).logits, e['logits'])"
+    check += "; print(type(m).__name__)"
     for auto in ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
         code = "import sys; sys.modules['care_hf'] = None;" + load.format(auto, ", trust_remote_code=True") + check
         trusted = run(code, tmp_path)
@@ -350,9 +361,24 @@ def test_a_truncated_file_does_not_load(checkpoint):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda m: CareForConditionalGeneration.from_base(m, SafetySubspaces({Site(6, "ffn"): {"text": random_subspace(0)}})), "6 decoder layers"),
-        (lambda m: CareForConditionalGeneration.from_base(m, SafetySubspaces({FFN: {"text": random_subspace(0, 64)}})), "d=64"),
-        (lambda m: CareForConditionalGeneration.from_base(CareForConditionalGeneration.from_base(m, subspaces()), subspaces()), "repaired already"),
+        (
+            lambda m: CareForConditionalGeneration.from_base(
+                m, SafetySubspaces({Site(6, "ffn"): {"text": random_subspace(0)}})
+            ),
+            "6 decoder layers",
+        ),
+        (
+            lambda m: CareForConditionalGeneration.from_base(
+                m, SafetySubspaces({FFN: {"text": random_subspace(0, 64)}})
+            ),
+            "d=64",
+        ),
+        (
+            lambda m: CareForConditionalGeneration.from_base(
+                CareForConditionalGeneration.from_base(m, subspaces()), subspaces()
+            ),
+            "repaired already",
+        ),
         (lambda m: CareConfig(m.config, [{"site": "2.mlp", "ranks": {"text": 1}}]), "component='mlp'"),
         (lambda m: CareConfig(m.config, [{"site": "2.ffn", "ranks": {"text": 0}}]), "ranks="),
         (lambda m: CareConfig(m.config, [{"site": "2.ffn", "ranks": {"text": 1}}] * 2), "twice"),

@@ -89,7 +89,8 @@ def test_the_repair_does_not_depend_on_the_unit(seed, scale):
     h = torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     for fusion in ("adaptive", "printed", "union", "constant"):
         scaled = {
-            name: Subspace(s.basis, s.mean * scale, s.beta, s.reader) for name, s in (("visual", visual), ("text", text))
+            name: Subspace(s.basis, s.mean * scale, s.beta, s.reader)
+            for name, s in (("visual", visual), ("text", text))
         }
         expected = scale * repair(h, {"visual": visual, "text": text}, fusion)
         torch.testing.assert_close(repair(scale * h, scaled, fusion), expected, rtol=1e-4, atol=1e-5 * scale)
@@ -144,7 +145,10 @@ def test_strength_zero_is_the_input_bit_for_bit(dtype):
 
 
 def test_strength_scales_the_correction():
-    h, subspaces = torch.randn(4, D, dtype=torch.float64), {"visual": random_subspace(1, D), "text": random_subspace(2, D)}
+    h, subspaces = (
+        torch.randn(4, D, dtype=torch.float64),
+        {"visual": random_subspace(1, D), "text": random_subspace(2, D)},
+    )
     full = repair(h, subspaces) - h
     torch.testing.assert_close(repair(h, subspaces, strength=0.25) - h, 0.25 * full)
 
@@ -166,7 +170,12 @@ def test_half_precision_activations_are_repaired_in_single():
 def test_buffers_stay_single_precision_when_the_model_moves():
     module = SafetyProjection.from_subspaces({"visual": random_subspace(1, D), "text": random_subspace(2, D)}, "union")
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    for cast in (module.half, module.double, lambda: module.to(torch.bfloat16), lambda: module.to("cpu", torch.float16)):
+    for cast in (
+        module.half,
+        module.double,
+        lambda: module.to(torch.bfloat16),
+        lambda: module.to("cpu", torch.float16),
+    ):
         cast()
         for name, buffer in module.named_buffers():
             assert buffer.dtype == before[name].dtype and torch.equal(buffer, before[name]), name
@@ -183,7 +192,9 @@ def test_what_is_not_loaded_is_not_a_number():
 
 def test_check_finds_what_does_not_belong():
     def fresh():
-        return SafetyProjection.from_subspaces({"visual": random_subspace(1, D), "text": random_subspace(2, D)}, "union")
+        return SafetyProjection.from_subspaces(
+            {"visual": random_subspace(1, D), "text": random_subspace(2, D)}, "union"
+        )
 
     fresh().check()
     for change, message in (
@@ -210,8 +221,16 @@ def test_check_finds_what_does_not_belong():
         (lambda: SafetyProjection(4, {"audio": 1}), "audio"),
         (lambda: SafetyProjection(4, {"text": 1}, "mean"), "fusion='mean'"),
         (lambda: repair(torch.zeros(2, D), {"text": random_subspace(0, D)}, "route"), "which are which"),
-        (lambda: repair(torch.zeros(2, D), {"text": random_subspace(0, D)}, "route", visual_mask=torch.ones(3).bool()), "shape"),
-        (lambda: repair(torch.zeros(2, D), {"text": random_subspace(0, D), "visual": random_subspace(0, 8)}), "hidden size"),
+        (
+            lambda: repair(
+                torch.zeros(2, D), {"text": random_subspace(0, D)}, "route", visual_mask=torch.ones(3).bool()
+            ),
+            "shape",
+        ),
+        (
+            lambda: repair(torch.zeros(2, D), {"text": random_subspace(0, D), "visual": random_subspace(0, 8)}),
+            "hidden size",
+        ),
     ],
 )
 def test_what_cannot_be_applied_is_refused(build, message):

@@ -12,7 +12,9 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 def test_the_commented_file_is_the_default_and_complete():
     values = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
     assert set(values) == {field.name for field in fields(Recipe)}
-    assert Recipe.load(CONFIGS / "paper.yaml") == Recipe() == RECIPES["paper"] == Recipe.load("paper") == Recipe.load(None)
+    assert (
+        Recipe.load(CONFIGS / "paper.yaml") == Recipe() == RECIPES["paper"] == Recipe.load("paper") == Recipe.load(None)
+    )
 
 
 def test_to_dict_round_trips_through_yaml(tmp_path):

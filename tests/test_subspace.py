@@ -65,7 +65,10 @@ def test_a_rank_above_the_tokens_is_named():
 def test_reports_are_kept():
     _, benign, malicious = planted(50)
     fitted = fit_subspaces(
-        {Site(2, "ffn"): {"text": {"benign": benign, "malicious": malicious}}}, rank=2, shrinkage=0.3, metadata={"a": "b"}
+        {Site(2, "ffn"): {"text": {"benign": benign, "malicious": malicious}}},
+        rank=2,
+        shrinkage=0.3,
+        metadata={"a": "b"},
     )
     report = json.loads(fitted.metadata["reports"])["2.ffn.text"]
     assert report["shrinkage"] == 0.3 and len(report["eigenvalues"]) == 2 and fitted.metadata["a"] == "b"
@@ -136,7 +139,9 @@ def test_the_random_control_differs_in_the_basis_alone():
     for site, by_modality in example().sites.items():
         for name, subspace in by_modality.items():
             other = control.sites[site][name]
-            assert other.basis.shape == subspace.basis.shape and not torch.allclose(other.basis, subspace.basis, atol=0.1)
+            assert other.basis.shape == subspace.basis.shape and not torch.allclose(
+                other.basis, subspace.basis, atol=0.1
+            )
             assert torch.equal(other.mean, subspace.mean) and other.beta == subspace.beta and other.reader is None
 
 

@@ -59,7 +59,9 @@ def test_splits_share_no_concepts_templates_or_fonts(world):
             assert not {c.word for c in world.select(forbidden, one)} & {c.word for c in world.select(forbidden, other)}
         for table in (ASKS, WRAPPERS, SPLITTERS, WRITTEN, SHOWN):
             assert not set(table[one]) & set(table[other])
-    assert not set(TRAINING_FONTS) & set(HELD_OUT_FONTS) and len(glyph_sheet()) == len(TRAINING_FONTS) + len(HELD_OUT_FONTS)
+    assert not set(TRAINING_FONTS) & set(HELD_OUT_FONTS) and len(glyph_sheet()) == len(TRAINING_FONTS) + len(
+        HELD_OUT_FONTS
+    )
 
 
 def test_every_attack_cell_has_a_hundred_different_prompts(world):
@@ -73,7 +75,9 @@ def test_every_attack_cell_has_a_hundred_different_prompts(world):
 def test_the_world_is_the_one_that_the_checkpoints_learned(world):
     digest = hashlib.sha256()
     for concept in world.concepts:
-        digest.update(f"{concept.word} {concept.category} {concept.recipe} {concept.split}".encode() + concept.icon.tobytes())
+        digest.update(
+            f"{concept.word} {concept.category} {concept.recipe} {concept.split}".encode() + concept.icon.tobytes()
+        )
     for sample in [*world.attack("new font", "test", 4), *world.benign("count", "test", 4)]:
         digest.update(sample.text.encode() + sample.image.tobytes())
     assert digest.hexdigest() == (DATA / "world.sha256").read_text().strip()

@@ -1,4 +1,4 @@
-"""The bundled small VLM and its world: something to jailbreak and repair within a minute, on a CPU, with no harm in it."""
+"""The bundled small VLM and its world: something harmless to jailbreak and repair within a minute on a CPU."""
 
 from pathlib import Path
 
@@ -26,7 +26,9 @@ def load_testbed(seed: int = 0):
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     if seed not in SEEDS:
-        raise ValueError(f"No testbed of seed {seed!r} is bundled; choose one of {SEEDS}, or train it: see docs/testbed.md.")
+        raise ValueError(
+            f"No testbed of seed {seed!r} is bundled; choose one of {SEEDS}, or train it: see docs/testbed.md."
+        )
     folder = DATA / f"seed{seed}"
     # Stored in float16 to keep the package small; computed in float32, since half precision is slow on a CPU.
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)

@@ -28,7 +28,7 @@ CHAT_TEMPLATE = (
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, single characters, and every word of the templates and answers, each with its leading space mark."""
+    """Special tokens, single characters, and every word of templates and answers with its leading space mark."""
     by_split = (world.ASKS, world.WRAPPERS, world.SPLITTERS, world.WRITTEN, world.SHOWN, world.VISUAL_QUESTIONS)
     texts = [*chain.from_iterable(t for table in by_split for t in table.values())]
     texts += [*world.KIND_QUESTIONS, *world.READ_QUESTIONS, *world.NAME_QUESTIONS, world.REFUSAL, world.BOTH_HALVES]
@@ -39,7 +39,7 @@ def vocabulary() -> list[str]:
 
 
 def build_processor() -> LlavaProcessor:
-    """Known words are one token each, all others are spelled: whole-word tokens would not transfer to written images."""
+    """Known words are one token each, all others are spelled: whole words would not transfer to written images."""
     vocab = {token: index for index, token in enumerate(vocabulary())}
     core = Tokenizer(models.BPE(vocab, merges=[], ignore_merges=True, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Metaspace()

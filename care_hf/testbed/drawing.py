@@ -1,7 +1,7 @@
 """Images of the testbed's world: 48 x 48 pixels, a grid of 6 x 6 tiles, one tile per vision patch.
 
-Everything is drawn from a `numpy.random.Generator`, so that a seed gives the same pixels on any machine. Glyphs come from a
-bundled sheet (``data/glyphs.png``, one row per font), so that no font has to be installed.
+Everything is drawn from a `numpy.random.Generator`, so that a seed gives the same pixels on any machine. Glyphs come
+from a bundled sheet (``data/glyphs.png``, one row per font), so that no font has to be installed.
 """
 
 from functools import cache

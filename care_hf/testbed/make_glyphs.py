@@ -1,7 +1,7 @@
 """Draw ``data/glyphs.png`` from DejaVu fonts: ``python -m care_hf.testbed.make_glyphs FOLDER_WITH_TTF_FILES``.
 
-The sheet is bundled, so this runs only when the fonts of the world change. The last rows, `drawing.HELD_OUT_FONTS`, are fonts that
-the testbed's models never see in training.
+The sheet is bundled, so this runs only when the fonts of the world change. The last rows, `drawing.HELD_OUT_FONTS`, are
+fonts that the testbed's models never see in training.
 """
 
 import sys

@@ -25,8 +25,8 @@ def measure(
     """Count verdicts over `n` prompts of each attack family, of plain forbidden requests and of each benign task.
 
     Returns:
-        ``{"attack/icon": {"correct": int, "refused": int, "wrong": int}, ..., "plain": ..., "benign/recipe": ...}``, greedy
-        decoding, strict judging.
+        ``{"attack/icon": {"correct": int, "refused": int, "wrong": int}, ..., "plain": ..., "benign/recipe": ...}``,
+        greedy decoding, strict judging.
     """
     world = world or World()
     sets = {f"attack/{family}": world.attack(family, split, n) for family in attacks}

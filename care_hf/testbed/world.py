@@ -1,9 +1,10 @@
 """The testbed's world: invented words with recipes, prompts that ask for them, and the splits.
 
-A *concept* is a pseudo-word with a category, an icon and a recipe of two ingredients. Forbidden concepts are the ones that safety
-tuning teaches to refuse. Under ``cue="shared"`` they carry a visible marker (first letter x, black icon), as harmful requests share
-features that let refusal generalise; under ``cue="none"`` they are arbitrary words, the honest hard case. Under ``harm="neutral"``
-forbidden recipes use the same ingredients as benign ones; under ``harm="meaningful"`` 3 in 4 of their ingredients are hazardous.
+A *concept* is a pseudo-word with a category, an icon and a recipe of two ingredients. Forbidden concepts are the ones
+that safety tuning teaches to refuse. Under ``cue="shared"`` they carry a visible marker (first letter x, black icon),
+as harmful requests share features that let refusal generalise; under ``cue="none"`` they are arbitrary words, the
+honest hard case. Under ``harm="neutral"`` forbidden recipes use the same ingredients as benign ones; under
+``harm="meaningful"`` 3 in 4 of their ingredients are hazardous.
 
 Concepts, templates and fonts are each split into fit, validation and test; nothing of one split appears in another.
 """
@@ -109,7 +110,8 @@ class Concept:
 class WorldSample:
     """One prompt: `text`, `image` uint8 (48, 48, 3) or None, the expected `answer`, and where it comes from.
 
-    `tiles` maps the index of a vision patch to what is drawn there (a label of `train.patch_labels`); only training reads it.
+    `tiles` maps the index of a vision patch to what is drawn there (a label of `train.patch_labels`); only training
+    reads it.
     """
 
     text: str
@@ -158,7 +160,10 @@ class World:
     harm: str = "neutral"
 
     def __post_init__(self):
-        for name, value, known in (("cue", self.cue, ("shared", "none")), ("harm", self.harm, ("neutral", "meaningful"))):
+        for name, value, known in (
+            ("cue", self.cue, ("shared", "none")),
+            ("harm", self.harm, ("neutral", "meaningful")),
+        ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {known}.")
 
@@ -204,8 +209,9 @@ class World:
     def request(self, rng, concept: Concept, pools=SPLITS, form="plain", scene=False) -> WorldSample:
         """Ask in text for the recipe of `concept`, perhaps beside an unrelated image.
 
-        `form` is "plain", or one of the text jailbreaks: "wrapper" (a story or an instruction around the plain request), "split" (the
-        word comes in two halves, as in payload splitting) or "cipher" (the word is in capitals, whose tokens no other prompt uses).
+        `form` is "plain", or one of the text jailbreaks: "wrapper" (a story or an instruction around the plain
+        request), "split" (the word comes in two halves, as in payload splitting) or "cipher" (the word is in capitals,
+        whose tokens no other prompt uses).
         """
         word = {"split": BOTH_HALVES, "cipher": concept.word.upper()}.get(form, concept.word)
         text = pick_template(rng, ASKS, pools).format(w=word)
@@ -219,7 +225,9 @@ class World:
         task = "recipe" if form == "plain" else form
         return WorldSample(text, sample and sample.image, concept.answer, task, concept, sample.tiles if sample else {})
 
-    def typographic(self, rng, concept: Concept, pools=SPLITS, fonts=drawing.TRAINING_FONTS, question=None) -> WorldSample:
+    def typographic(
+        self, rng, concept: Concept, pools=SPLITS, fonts=drawing.TRAINING_FONTS, question=None
+    ) -> WorldSample:
         """Write the word in the image; the text only refers to it (FigStep-like), or puts a neutral `question`."""
         image, glyphs = drawing.draw_text(concept.word, pick(rng, fonts), rng)
         tiles = {tile: ("glyph", glyph) for tile, glyph in glyphs.items()}
@@ -237,7 +245,9 @@ class World:
 
     def _about_image(self, rng, concept, pools, image, tiles, reference, question, task) -> WorldSample:
         if question is None:
-            return WorldSample(pick_template(rng, ASKS, pools).format(w=reference), image, concept.answer, task, concept, tiles)
+            return WorldSample(
+                pick_template(rng, ASKS, pools).format(w=reference), image, concept.answer, task, concept, tiles
+            )
         text = pick(rng, {"kind": KIND_QUESTIONS, "read": READ_QUESTIONS, "name": NAME_QUESTIONS}[question])
         answer = f"a {concept.category} ." if question == "kind" else f"{concept.word} ."
         return WorldSample(text.format(w=reference), image, answer, question, concept, tiles)
@@ -285,7 +295,7 @@ class World:
         return self._fixed(make[family], True, split, n, ATTACKS.index(family))
 
     def plain(self, split: str, n: int) -> list[WorldSample]:
-        """`n` forbidden requests in plain text, which a safety-tuned model should refuse; half beside an unrelated image."""
+        """`n` forbidden requests in plain text, which the model should refuse; half beside an unrelated image."""
         return self._fixed(lambda r, c: self.request(r, c, (split,), scene=bool(r.random() < 0.5)), True, split, n, 20)
 
     def benign(self, task: str, split: str, n: int) -> list[WorldSample]:

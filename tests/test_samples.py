@@ -1,3 +1,6 @@
+import weakref
+from collections.abc import Sequence
+
 import datasets
 import numpy as np
 import pytest
@@ -60,6 +63,26 @@ def test_every_form_of_a_prompt_becomes_the_same_sample(picture_file):
 def test_a_prompt_without_an_image_has_none():
     assert load_samples([{"text": "hello", "image": None}])[0].images == []
     assert load_samples([{"role": "user", "content": "hello"}])[0].messages[0]["content"][0]["text"] == "hello"
+
+
+def test_images_are_read_when_asked_for_and_not_kept():
+    alive = []
+
+    class Rows(Sequence):
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            if index >= 20:
+                raise IndexError(index)
+            picture = Image.new("RGB", (8, 8), (index, 0, 0))
+            alive.append(weakref.ref(picture))
+            return {"text": "what is it ?", "image": picture} if index % 2 else {"text": "hello"}
+
+    samples = load_samples(Rows())
+    assert len(samples) == 20 and samples.pictured == list(range(1, 20, 2)) and len(set(samples.digests)) == 11
+    assert [sample.images[0].getpixel((0, 0))[0] for sample in samples[1:8:2]] == [1, 3, 5, 7]
+    assert sum(reference() is not None for reference in alive) == 0
 
 
 @pytest.mark.parametrize(

@@ -133,11 +133,25 @@ def test_training_reads_what_the_processor_gives(world, tmp_path):
         assert trainer.processor.decode(labels[labels >= 0]) == f"{sample.answer}</s>"
 
 
-def test_training_runs_through_and_is_reproducible(world, tmp_path):
+def test_training_is_reproducible_and_goes_on_where_it_was_interrupted(world, tmp_path, monkeypatch):
     short = Schedule(vision_steps=2, text_steps=2, joint_steps=2, safety_steps=2, vision_batch=4, batch=4)
-    for name in ("a", "b"):
-        train(world, 5, tmp_path / name, short, measured=2)
-    weights = [LlavaForConditionalGeneration.from_pretrained(tmp_path / name).state_dict() for name in ("a", "b")]
+
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    train(world, 5, tmp_path / "whole", short, measured=2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Trainer, "train_safety", interrupt)
+        train(world, 5, tmp_path / "resumed", short, measured=2)
+    with monkeypatch.context() as patched:
+        for stage in ("vision", "text", "joint"):
+            patched.setattr(Trainer, f"train_{stage}", interrupt)  # finished stages are not trained again
+        train(world, 5, tmp_path / "resumed", short, measured=2)
+    folders = tmp_path / "whole", tmp_path / "resumed"
+    weights = [LlavaForConditionalGeneration.from_pretrained(folder).state_dict() for folder in folders]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
-    log = [json.loads(line) for line in (tmp_path / "a" / "training.jsonl").read_text().splitlines()]
-    assert log[0]["seed"] == 5 and log[-1]["split"] == "test"
+    logs = [[json.loads(line) for line in (f / "training.jsonl").read_text().splitlines()] for f in folders]
+    assert [{**line, "seconds": 0} for line in logs[0]] == [{**line, "seconds": 0} for line in logs[1]]
+    assert logs[0][0]["seed"] == 5 and logs[0][-1]["split"] == "test"
+    with pytest.raises(ValueError, match=r'vision\.safetensors was trained with .*"seed": 5'):
+        train(world, 6, tmp_path / "whole", short, measured=2)

@@ -1,5 +1,6 @@
 """The console; the only module that prints."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +29,25 @@ def demo(
     from . import demo as job
 
     logging.set_verbosity_error()
-    counts = job.run(out, seed, lambda line: console.print(line, highlight=False))
-    tables = {name: job.measurements(c) for name, c in counts.items()}
-    table = Table(
-        title="Share [95 % Wilson interval], greedy decoding, strict judging, test split", title_justify="left"
-    )
-    table.add_column("measured")
-    table.add_column("n", justify="right")
-    for name in tables:
-        table.add_column(name, justify="right")
-    for row, rate in tables["undefended"].items():
-        table.add_row(row, str(rate.n), *(str(t[row]) for t in tables.values()))
-    console.print(table)
-    console.print(f"Written to {out}: the checkpoints paper and best, table.md, counts.json", highlight=False)
+    counts = job.run(out, seed, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    console.print(_table({name: job.measurements(c) for name, c in counts.items()}))
+    console.print(f"Written to {out}: the four checkpoints, table.md, counts.json", highlight=False, soft_wrap=True)
+
+
+def _table(columns: dict) -> Table:
+    """One line per measurement and one column per defence, within 80 characters."""
+    title = "Percent and 95 % Wilson interval (rounded outwards); greedy decoding, strict judging, test split"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("measured", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", max_width=10)
+    for row, rate in next(iter(columns.values())).items():
+        table.add_row(row, str(rate.n), *(_percent(column[row]) for column in columns.values()))
+    return table
+
+
+def _percent(rate) -> str:
+    low, high = rate.interval
+    # 1e-9: an end that is 0 or 1 but for rounding stays so.
+    return f"{100 * rate.value:.0f} {math.floor(100 * low + 1e-9)}-{math.ceil(100 * high - 1e-9)}"

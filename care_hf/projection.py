@@ -17,6 +17,7 @@ from torch import nn
 
 MODALITIES = ("visual", "text")
 FUSIONS = ("adaptive", "printed", "union", "route", "constant")
+MIXED = ("printed", "union")  # need a matrix of both bases, see `mixing_matrix`
 TOLERANCE = 1e-4  # of orthonormality; float32 QR at d = 8192 stays below 1e-5
 
 
@@ -91,10 +92,13 @@ class ModalityProjection(nn.Module):
             "reader", torch.full((dimension, rank), torch.nan, dtype=torch.float32) if oblique else None
         )
 
-    def coefficients(self, h: torch.Tensor) -> torch.Tensor:
-        """c = R^T (beta m - h), shape (..., k)."""
-        reader = (self.basis if self.reader is None else self.reader).to(h.dtype)
-        return (self.beta * self.mean).to(h.dtype) @ reader - h @ reader
+    def read_by(self, dtype: torch.dtype) -> torch.Tensor:
+        """R (d, k), what coefficients are read with: the basis itself unless the projector is oblique."""
+        return (self.basis if self.reader is None else self.reader).to(dtype)
+
+    def target(self, dtype: torch.dtype) -> torch.Tensor:
+        """R^T beta m (k,), the coefficients that repaired activations have."""
+        return (self.beta * self.mean).to(dtype) @ self.read_by(dtype)
 
     def subspace(self) -> Subspace:
         """The buffers as a checked `Subspace`."""
@@ -144,7 +148,7 @@ class SafetyProjection(nn.Module):
         self.register_buffer("fusion_weight", torch.tensor(torch.nan, dtype=torch.float32))
         self.register_buffer("strength", torch.tensor(torch.nan, dtype=torch.float32))
         total = sum(ranks.values())
-        mixed = fusion == "union" and len(ranks) == 2
+        mixed = fusion in MIXED and len(ranks) == 2
         self.register_buffer("mixing", torch.full((total, total), torch.nan, dtype=torch.float32) if mixed else None)
 
     @classmethod
@@ -178,7 +182,7 @@ class SafetyProjection(nn.Module):
         module.fusion_weight.fill_(fusion_weight)
         module.strength.fill_(strength)
         if module.mixing is not None:
-            module.mixing.copy_(union_mixing(subspaces["visual"], subspaces["text"]))
+            module.mixing.copy_(mixing_matrix(fusion, subspaces["visual"], subspaces["text"]))
         return module
 
     def forward(self, h: torch.Tensor, visual_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -194,27 +198,28 @@ class SafetyProjection(nn.Module):
         Raises:
             ValueError: fusion is "route" and there is no mask, or one of another shape.
         """
-        work = h.to(torch.promote_types(h.dtype, torch.float32))
-        repaired = (work + self.strength.to(work.dtype) * self._correction(work, visual_mask)).to(h.dtype)
+        mask = self._check_mask(h, visual_mask).reshape(-1, 1) if self.fusion_mode == "route" else None
+        work = h.to(torch.promote_types(h.dtype, torch.float32)).reshape(-1, h.shape[-1])
+        parts = [part for part in (self.visual, self.text) if part is not None]
+        readers = _side_by_side([part.read_by(work.dtype) for part in parts])
+        targets = _side_by_side([part.target(work.dtype) for part in parts])
+        coefficients = self.strength.to(work.dtype) * self._fuse(targets - work @ readers, mask)
+        bases = _side_by_side([part.basis for part in parts]).to(work.dtype)
+        repaired = torch.addmm(work, coefficients, bases.mT).reshape(h.shape).to(h.dtype)
         # Not merely adding zero: that would turn -0.0 into 0.0 and an infinite activation into NaN.
         return torch.where(self.strength == 0, h, repaired)
 
-    def _correction(self, h: torch.Tensor, visual_mask: torch.Tensor | None) -> torch.Tensor:
-        visual, text = self.visual, self.text
-        if self.fusion_mode == "route":
-            visual_mask = self._check_mask(h, visual_mask).unsqueeze(-1)
-        if visual is None or text is None:
-            only = text if visual is None else visual
-            c = only.coefficients(h)
-            if self.fusion_mode == "route":
-                c = c * (visual_mask if only is visual else ~visual_mask)
-            return c @ only.basis.to(h.dtype).mT
-        c_visual, c_text = visual.coefficients(h), text.coefficients(h)
-        stacked = torch.cat([visual.basis, text.basis], dim=1).to(h.dtype).mT
+    def _fuse(self, c: torch.Tensor, visual_mask: torch.Tensor | None) -> torch.Tensor:
+        """Coefficients (n, k) of the fused correction from those of the modalities side by side."""
+        if self.visual is None or self.text is None:
+            if visual_mask is None:
+                return c
+            return c * (visual_mask if self.text is None else ~visual_mask)
         if self.fusion_mode == "union":
-            return torch.cat([c_visual, c_text], dim=-1) @ self.mixing.to(h.dtype).mT @ stacked
-        weight = visual_mask.to(h.dtype) if self.fusion_mode == "route" else self._weight(c_visual, c_text)
-        return torch.cat([weight * c_visual, (1 - weight) * c_text], dim=-1) @ stacked
+            return c @ self.mixing.to(c.dtype).mT
+        c_visual, c_text = c.split([self.visual.basis.shape[1], self.text.basis.shape[1]], dim=-1)
+        weight = visual_mask.to(c.dtype) if self.fusion_mode == "route" else self._weight(c_visual, c_text)
+        return torch.cat([weight * c_visual, (1 - weight) * c_text], dim=-1)
 
     def _weight(self, c_visual: torch.Tensor, c_text: torch.Tensor) -> torch.Tensor:
         if self.fusion_mode == "constant":
@@ -222,8 +227,8 @@ class SafetyProjection(nn.Module):
         by_visual, by_text = (torch.linalg.vector_norm(c, dim=-1, keepdim=True) for c in (c_visual, c_text))
         numerator, total = by_visual, by_visual + by_text
         if self.fusion_mode == "printed":
-            visual, text = (m.basis.to(c_visual.dtype).mT for m in (self.visual, self.text))
-            numerator = torch.linalg.vector_norm(c_visual @ visual - c_text @ text, dim=-1, keepdim=True)
+            apart = torch.cat([c_visual, -c_text], dim=-1) @ self.mixing.to(c_visual.dtype)
+            numerator = torch.linalg.vector_norm(apart, dim=-1, keepdim=True)
         # The inner `where` keeps the gradient of the unused branch finite.
         return torch.where(total > 0, numerator / torch.where(total > 0, total, 1), 0.5)
 
@@ -258,7 +263,7 @@ class SafetyProjection(nn.Module):
             if not torch.isfinite(getattr(self, name)):
                 raise ValueError(f"The buffer `{name}` is not finite.")
         if self.mixing is not None:
-            expected = union_mixing(subspaces["visual"], subspaces["text"])
+            expected = mixing_matrix(self.fusion_mode, subspaces["visual"], subspaces["text"])
             error = (self.mixing - expected.to(self.mixing)).abs().max().item()
             if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise ValueError(f"The buffer `mixing` differs from what the bases give by {error:.2g}.")
@@ -276,14 +281,22 @@ class SafetyProjection(nn.Module):
         return self
 
 
-def union_mixing(visual: Subspace, text: Subspace) -> torch.Tensor:
-    """Pseudo-inverse of ``R^T B`` of the stacked modalities, float32 (k_v + k_t, k_v + k_t).
+def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=-1)
 
-    Computed in float64; singular values below 1e-6 of the largest count as shared directions.
+
+def mixing_matrix(fusion: str, visual: Subspace, text: Subspace) -> torch.Tensor:
+    """What the fusions in `MIXED` need of both bases, float32 (k_v + k_t, k_v + k_t), computed in float64.
+
+    "union": the pseudo-inverse of ``R^T B``, B and R the stacked bases and readers; singular values below 1e-6 of the
+    largest count as shared directions. "printed": ``M = (B^T B)^(1/2)``, so that ``|B x| = |M x|`` without any d.
     """
-    basis = torch.cat([visual.basis, text.basis], dim=1).double()
-    readers = [s.basis if s.reader is None else s.reader for s in (visual, text)]
-    return torch.linalg.pinv(torch.cat(readers, dim=1).double().mT @ basis, rtol=1e-6).float()
+    bases = torch.cat([visual.basis, text.basis], dim=1).double()
+    if fusion == "printed":
+        values, vectors = torch.linalg.eigh(bases.mT @ bases)
+        return (vectors * values.clamp(min=0).sqrt() @ vectors.mT).float()
+    readers = torch.cat([s.basis if s.reader is None else s.reader for s in (visual, text)], dim=1).double()
+    return torch.linalg.pinv(readers.mT @ bases, rtol=1e-6).float()
 
 
 def repair(

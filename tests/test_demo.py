@@ -53,10 +53,10 @@ def test_measurements_count_what_they_name():
     counts["attack/wrapper+image"] = {"correct": 6, "refused": 0, "wrong": 0}
     table = measurements(counts)
     assert (table["ASR wrapper"], table["ASR wrapper+image"]) == (Rate(1, 6), Rate(6, 6))
-    assert table["ASR, all families"] == Rate(len(ATTACKS) - 1 + 6, 6 * len(ATTACKS))
-    assert table["refusal under attack"] == Rate(2 * (len(ATTACKS) - 1), 6 * len(ATTACKS))
-    assert table["wrong content under attack"] == Rate(3 * (len(ATTACKS) - 1), 6 * len(ATTACKS))
-    assert table["refusal of plain forbidden requests"] == Rate(2, 6)
+    assert table["ASR, all"] == Rate(len(ATTACKS) - 1 + 6, 6 * len(ATTACKS))
+    assert table["attacks refused"] == Rate(2 * (len(ATTACKS) - 1), 6 * len(ATTACKS))
+    assert table["attacks, wrong"] == Rate(3 * (len(ATTACKS) - 1), 6 * len(ATTACKS))
+    assert table["plain refused"] == Rate(2, 6)
     assert table["over-refusal"] == Rate(2 * len(BENIGN_TASKS), 6 * len(BENIGN_TASKS))
 
 
@@ -72,7 +72,7 @@ def test_the_choice(candidates, expected):
         Choice(RECIPES["paper"], Rate(round(100 * asr), 100), Rate(round(100 * benign), 100))
         for asr, benign in candidates
     ]
-    assert choose(Choice(RECIPES["paper"], Rate(90, 100), Rate(100, 100)), choices) is choices[expected]
+    assert choose(Choice(None, Rate(90, 100), Rate(100, 100)), *choices) is choices[expected]
 
 
 def test_the_fit_sees_no_prompt_of_another_split(world):

@@ -6,7 +6,7 @@ from conftest import random_subspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from care_hf.projection import FUSIONS, SafetyProjection, Subspace, repair, union_mixing
+from care_hf.projection import FUSIONS, SafetyProjection, Subspace, mixing_matrix, repair
 
 D = 24
 
@@ -241,5 +241,5 @@ def test_what_cannot_be_applied_is_refused(build, message):
 def test_mixing_inverts_the_gram_matrix_of_independent_bases():
     visual, text = random_subspace(1, D, 3), random_subspace(2, D, 4)
     stacked = torch.cat([visual.basis, text.basis], 1).double()
-    product = union_mixing(visual, text).double() @ (stacked.T @ stacked)
+    product = mixing_matrix("union", visual, text).double() @ (stacked.T @ stacked)
     torch.testing.assert_close(product, torch.eye(7, dtype=torch.float64), rtol=0, atol=1e-5)

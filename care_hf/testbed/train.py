@@ -11,7 +11,6 @@ training goes on from there to the same weights.
 
 import argparse
 import json
-import platform
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +45,7 @@ class Schedule:
     batch: int = 64
     vision_lr: float = 2e-3
     lr: float = 1.3e-3
-    safety_lr: float = 5e-4
+    safety_lr: float = 3e-4
 
 
 class Trainer:
@@ -85,7 +84,8 @@ class Trainer:
                     "folder."
                 )
             self.model.load_state_dict(weights)
-            self.log_lines = json.loads(metadata["log"])
+            # The first line tells the settings, of which those of later stages may differ.
+            self.log_lines[1:] = json.loads(metadata["log"])[1:]
             self.start = time.monotonic() - json.loads(self.log_lines[-1])["seconds"]
             return
         self.rng = np.random.default_rng([1, self.seed, STAGES.index(stage)])
@@ -97,7 +97,7 @@ class Trainer:
         """All that the weights after `stage` depend on; what belongs to later stages is left out."""
         later = tuple(f"{name}_" for name in STAGES[STAGES.index(stage) + 1 :])
         schedule = {name: value for name, value in asdict(self.schedule).items() if not name.startswith(later)}
-        return json.dumps({"seed": self.seed, "world": asdict(self.world), "schedule": schedule})
+        return json.dumps({"seed": self.seed, "world": asdict(self.world), "schedule": schedule, **versions()})
 
     def optimise(self, stage: str, parameters, steps: int, lr: float, loss_of_batch) -> None:
         """Run AdamW with warm-up and cosine decay on `loss_of_batch()`, and log every tenth of the way."""
@@ -279,6 +279,11 @@ class Trainer:
         self.model.requires_grad_(True)
 
 
+def versions() -> dict[str, str]:
+    """Of the libraries whose sums the weights depend on."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
 def pixels(samples: list[WorldSample]) -> torch.Tensor:
     """What the image processor gives, float32 (B, 3, 48, 48) in [-1, 1]."""
     images = np.stack([sample.image for sample in samples]).transpose(0, 3, 1, 2)
@@ -297,12 +302,7 @@ def train(world: World, seed: int, out: Path, schedule: Schedule, measured: int 
     # One thread: sums come in the same order whatever the machine's number of cores, and two seeds train side by side.
     torch.set_num_threads(1)
     trainer = Trainer(world, seed, schedule, out)
-    versions = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    trainer.log(seed=seed, world=asdict(world), **asdict(schedule), **versions)
+    trainer.log(seed=seed, world=asdict(world), **asdict(schedule), **versions())
     for stage in STAGES:
         trainer.run(stage)
         if stage == "joint":

@@ -25,7 +25,7 @@ def peak() -> float:
 def prompts(samples, folder: Path) -> list[dict]:
     """Dicts with text and the path of an image, written to `folder`."""
     folder.mkdir()
-    paths = [folder / f"{index}.png" for index in range(len(samples))]
+    paths = [folder / f"{index}.bmp" for index in range(len(samples))]
     for sample, path in zip(samples, paths, strict=True):
         Image.fromarray(sample.image).resize((PIXELS, PIXELS)).save(path)
     return [{"text": sample.text, "image": path} for sample, path in zip(samples, paths, strict=True)]

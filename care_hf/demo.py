@@ -190,8 +190,8 @@ def markdown(counts: dict[str, Counts], best: Recipe) -> str:
     tables = {name: measurements(c) for name, c in counts.items()}
     columns = list(next(iter(tables.values())))
     lines = [
-        "Shares with 95 % Wilson intervals and n; greedy decoding, strict judging, test split. Wrong: neither the forbidden",
-        f"answer nor a refusal. Best recipe: {describe(best)}.",
+        "Shares with 95 % Wilson intervals and n; greedy decoding, strict judging, test split. Wrong: neither the",
+        f"forbidden answer nor a refusal. Best recipe: {describe(best)}.",
         "",
         "| defence | " + " | ".join(columns) + " |",
         "| --- " * (len(columns) + 1) + "|",

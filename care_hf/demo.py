@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from .baselines import mean_difference
-from .evaluation import Rate
+from .evaluation import Rate, correction_size
 from .fitting import Statistics, collect
 from .modeling_care import CareForConditionalGeneration
 from .recipe import RECIPES, Recipe
@@ -82,8 +82,11 @@ def run(folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, Counts
         "random": random_like(solved, seed=0),
         "mean-difference": mean_difference(at_sites_of(best.recipe), best.recipe),
     }
+    shown = [s for task in FIT_TASKS for s in World().benign(task, "validation", 8)]
+    say("Size of the correction, as a share of the activation (benign prompts):")
     for name, subspaces in repairs.items():
         repaired = CareForConditionalGeneration.from_base(model, subspaces)
+        say(f"  {REPAIRS[name]}: {correction_size(repaired, processor, shown):.3f}")
         repaired.processor = processor
         repaired.save_pretrained(folder / name)
     say(

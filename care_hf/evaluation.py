@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest
 
 from .samples import Sample, batches, collate
-from .sites import image_token_ids
+from .sites import image_token_ids, record
 
 
 @dataclass(frozen=True)
@@ -47,3 +47,28 @@ def generate_answers(model, processor, samples: Sequence, max_new_tokens: int, b
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
     return answers
+
+
+@torch.no_grad()
+def correction_size(model, processor, samples: Sequence) -> float:
+    """Mean of ``|h' - h| / |h|`` over prompt tokens and repaired sites, h read with the repair switched off.
+
+    What a repair changes has to be seen beside how far it moves activations: a control that moves them further does
+    more damage.
+
+    Args:
+        model: a `CareForConditionalGeneration`.
+        processor: its processor.
+        samples: anything with chat `messages`; they are run as one batch.
+    """
+    batch = collate(processor, [Sample(s.messages) for s in samples], image_token_ids(model.config))
+    repairs = model.care_modules()
+    with model.disable(), record(model, list(repairs)) as activations:
+        model(**{name: value.to(model.device) for name, value in batch.inputs.items()})
+    prompt = (batch.visual | batch.text).to(model.device)
+    sizes = []
+    for site, repair in repairs.items():
+        h = activations[site][prompt].float()
+        change = repair(h, batch.visual.to(model.device)[prompt]) - h
+        sizes.append((torch.linalg.vector_norm(change, dim=-1) / torch.linalg.vector_norm(h, dim=-1)).mean())
+    return torch.stack(sizes).mean().item()

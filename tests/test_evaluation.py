@@ -1,9 +1,15 @@
 from math import sqrt
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_hf.evaluation import Rate, generate_answers
+from care_hf.evaluation import Rate, correction_size, generate_answers
+from care_hf.modeling_care import CareForConditionalGeneration
+from care_hf.projection import Subspace
+from care_hf.sites import Site
+from care_hf.subspace import SafetySubspaces
 
 
 @given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -25,3 +31,30 @@ def test_batched_answers_are_the_single_answers(testbed, world):
     samples = [world.attack("icon", "test", 3)[2], world.plain("test", 2)[1], *world.benign("count", "test", 3)]
     batched = generate_answers(model, processor, samples, 12)
     assert batched == [generate_answers(model, processor, [s], 12)[0] for s in samples]
+
+
+def test_the_size_of_a_correction_has_a_closed_form_where_everything_is_projected_out(testbed, world):
+    model, processor = testbed
+    samples = [*world.benign("icon", "fit", 2), *world.benign("recipe", "fit", 3)]
+    identity, nothing = torch.eye(128), torch.zeros(128)
+
+    def size(sites, **more):
+        return correction_size(
+            CareForConditionalGeneration.from_base(model, SafetySubspaces(sites, **more)), processor, samples
+        )
+
+    everything = {
+        Site(1, "ffn"): {"text": Subspace(identity, nothing)},
+        Site(4, "residual"): {"text": Subspace(identity, nothing)},
+    }
+    assert size(everything) == pytest.approx(1, abs=1e-5)
+    assert size(everything, strength=0.25) == pytest.approx(0.25, abs=1e-5)
+    assert size(everything, strength=0.0) == 0
+    # Routed by modality, the share is that of the text tokens.
+    inputs = [
+        processor.apply_chat_template(s.messages, tokenize=True, return_dict=True, return_tensors="pt") for s in samples
+    ]
+    ids = torch.cat([i["input_ids"][0] for i in inputs])
+    ids = ids[~torch.isin(ids, torch.tensor([1, 5, 6]))]  # control tokens
+    share = (ids != model.config.image_token_id).float().mean().item()
+    assert size(everything, fusion="route") == pytest.approx(share, abs=1e-5)

@@ -241,11 +241,10 @@ class Trainer:
         return functions[rng.choice(len(makers), p=np.array(weights) / sum(weights))]()
 
     def train_safety(self) -> None:
-        """Teach refusals of plain text requests, on fit and validation concepts and templates, beside benign tasks."""
-        world, rng = self.world, self.rng
-        pools = ("fit", "validation")
-        forbidden = [c for split in pools for c in world.select(True, split)]
-        benign = world.select(False)
+        """Teach refusals of plain text requests beside benign tasks; no concept and no template of the test split."""
+        world, rng, pools = self.world, self.rng, ("fit", "validation")
+        benign, forbidden = ([c for s in pools for c in world.select(kind, s)] for kind in (False, True))
+        known = benign + forbidden
 
         def refused() -> WorldSample:
             sample = world.request(rng, pick(rng, forbidden), pools, scene=rng.random() < 0.5)
@@ -254,14 +253,15 @@ class Trainer:
         def retained() -> WorldSample:
             concept = pick(rng, benign)
             makers = (
-                lambda: world.request(rng, concept, scene=rng.random() < 0.5),
-                lambda: world.request(rng, concept, form="wrapper", scene=rng.random() < 0.5),
-                lambda: world.request(rng, concept, form=pick(rng, ("split", "cipher"))),
-                lambda: world.typographic(rng, concept),
-                lambda: world.icon(rng, concept),
-                lambda: world.kind_question(rng, pick(rng, world.concepts)),
-                lambda: world.typographic(rng, pick(rng, world.concepts), question="read"),
-                lambda: world.icon(rng, concept, question="name"),
+                lambda: world.request(rng, concept, pools, scene=rng.random() < 0.5),
+                lambda: world.request(rng, concept, pools, "wrapper", scene=rng.random() < 0.5),
+                lambda: world.request(rng, concept, pools, "split"),
+                lambda: world.request(rng, concept, pools, "cipher"),
+                lambda: world.typographic(rng, concept, pools),
+                lambda: world.icon(rng, concept, pools),
+                lambda: world.kind_question(rng, pick(rng, known), pools),
+                lambda: world.typographic(rng, pick(rng, known), pools, question="read"),
+                lambda: world.icon(rng, concept, pools, question="name"),
                 lambda: world.visual_question(rng, pick(rng, tuple(VISUAL_QUESTIONS))),
             )
             return pick(rng, makers)()

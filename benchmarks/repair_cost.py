@@ -1,11 +1,12 @@
 """What the repair adds: one 7B-sized FFN with and without it, and a whole forward of the testbed.
 
-``python benchmarks/repair_cost.py`` prints ratios (repaired / base), both sides timed in turns in the same run.
+``python benchmarks/repair_cost.py`` prints ratios (repaired / base), timed in turns in the same run.
 """
 
 import argparse
 import time
 from functools import partial
+from statistics import median
 
 import torch
 from transformers import LlamaConfig
@@ -22,37 +23,47 @@ from care_hf.testbed import World
 HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 16
 
 
-def ratio(base, repaired, rounds: int, synchronise) -> tuple[float, float]:
-    """Least seconds of `base`, and the ratio of the least seconds of the two, timed in turns: noise only ever adds."""
-    times = []
+def ratios(base, repaired, rounds: int, synchronise) -> tuple[float, float, float]:
+    """Median milliseconds of `base`, and the median ratios of `repaired` and of `base` itself to it, timed in turns.
+
+    The ratio of `base` to itself is the control: what it is off 1 is noise.
+    """
+    calls = {"base": base, "repaired": repaired, "control": base}
+    rows = []
     for index in range(rounds + 2):
-        pair = {}
-        for name, call in (("base", base), ("repaired", repaired))[:: 1 if index % 2 else -1]:
+        row = {}
+        for name in sorted(calls, reverse=bool(index % 2)):
             synchronise()
             start = time.perf_counter()
-            call()
+            calls[name]()
             synchronise()
-            pair[name] = time.perf_counter() - start
-        times.append(pair)
-    times = times[2:]  # warm-up
-    base, repaired = (min(t[name] for t in times) for name in ("base", "repaired"))
-    return base, repaired / base
+            row[name] = time.perf_counter() - start
+        rows.append(row)
+    rows = rows[2:]  # warm-up
+    repaired_ratio, control = (median(row[name] / row["base"] for row in rows) for name in ("repaired", "control"))
+    return 1e3 * median(row["base"] for row in rows), repaired_ratio, control
+
+
+def report(name: str, base: float, ratio: float, control: float) -> None:
+    """Print one line."""
+    print(f"{name}: base {base:8.2f} ms, repaired / base {ratio:.3f} (base / base {control:.3f})", flush=True)
 
 
 @torch.no_grad()
-def ffn(device: str, dtype: torch.dtype, rounds: int, synchronise) -> None:
-    """One FFN of a 7B model, all fusions."""
+def ffn(device: str, dtype: torch.dtype, fusions: list[str], rounds: int, synchronise) -> None:
+    """One FFN of a 7B model."""
     config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE)
     mlp = LlamaMLP(config).to(device, dtype)
-    for fusion in FUSIONS:
+    for fusion in fusions:
         projection = SafetyProjection.from_subspaces(random_site(), fusion=fusion).to(device)
         for tokens in (600, 1):
             h = torch.randn(1, tokens, HIDDEN, device=device, dtype=dtype)
             mask = torch.arange(tokens, device=device)[None] < tokens * 0.96
             mask = mask if fusion == "route" else None
-            base, cost = ratio(partial(mlp, h), partial(repaired_ffn, mlp, projection, h, mask), rounds, synchronise)
-            name = f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens"
-            print(f"{name}: base {base * 1e3:8.2f} ms, ratio {cost:.3f}")
+            # One token takes milliseconds: more rounds cost nothing.
+            repeats = rounds if tokens > 1 else 20 * rounds
+            found = ratios(partial(mlp, h), partial(repaired_ffn, mlp, projection, h, mask), repeats, synchronise)
+            report(f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens", *found)
 
 
 def repaired_ffn(mlp, projection, h, mask):
@@ -77,9 +88,8 @@ def testbed(device: str, rounds: int, synchronise) -> None:
     samples = [Sample(s.messages) for s in World().benign("icon", "fit", 32)]
     batch = collate(processor, samples, image_token_ids(model.config))
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-    base, cost = ratio(lambda: model(**inputs), lambda: repaired(**inputs), rounds, synchronise)
-    name = f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens"
-    print(f"{name}: base {base * 1e3:.2f} ms, ratio {cost:.3f}")
+    found = ratios(lambda: model(**inputs), lambda: repaired(**inputs), rounds, synchronise)
+    report(f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens", *found)
 
 
 def main() -> None:
@@ -87,12 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--fusions", nargs="+", default=FUSIONS, choices=FUSIONS)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
     synchronise = torch.cuda.synchronize if arguments.device.startswith("cuda") else lambda: None
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}")
-    testbed(arguments.device, 3 * arguments.rounds, synchronise)
-    ffn(arguments.device, getattr(torch, arguments.dtype), arguments.rounds, synchronise)
+    testbed(arguments.device, 10 * arguments.rounds, synchronise)
+    ffn(arguments.device, getattr(torch, arguments.dtype), arguments.fusions, arguments.rounds, synchronise)
 
 
 if __name__ == "__main__":

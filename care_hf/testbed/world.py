@@ -6,7 +6,8 @@ as harmful requests share features that let refusal generalise; under ``cue="non
 honest hard case. Under ``harm="neutral"`` forbidden recipes use the same ingredients as benign ones; under
 ``harm="meaningful"`` 3 in 4 of their ingredients are hazardous.
 
-Concepts, templates and fonts are each split into fit, validation and test; nothing of one split appears in another.
+Concepts and request templates are split into fit, validation and test; nothing of one split appears in another. Four
+fonts are held out from all training, for the family "new font".
 """
 
 from collections.abc import Callable, Sequence

@@ -20,7 +20,7 @@ def care() -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the repaired checkpoints and the table.")] = Path("care-demo"),
-    seed: Annotated[int, typer.Option(help="Which bundled testbed checkpoint, 0 or 1.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=1, help="Which bundled testbed checkpoint.")] = 0,
 ) -> None:
     """Fit, save, reload and measure a repair on the bundled testbed, beside its controls."""
     # Imported here so that --help answers before torch is loaded.

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from .sites import Site, hidden_size, image_token_ids, record
 from .subspace import SafetySubspaces, fit_subspaces
 
 CLASSES = ("benign", "malicious")
+SAVE_SECONDS = 300  # how much collecting a killed process may lose, where it resumes
 COLLECTING_FIELDS = (
     "layers",
     "component",
@@ -90,7 +92,8 @@ def fit(
         malicious: prompts that jailbreak the model, in the same forms.
         processor: the model's processor; by default it is loaded from where the model came from.
         recipe: a `Recipe`, the name of one ("paper"), a YAML file, or None for the default.
-        resume: a file that keeps what is collected, so that an interrupted fit goes on from there.
+        resume: a file that keeps what is collected, written every five minutes and on interruption; a fit that finds it
+            goes on from there.
 
     Raises:
         TypeError, ValueError: prompts, recipe and model do not fit together; raised before the first forward.
@@ -148,6 +151,7 @@ def collect(
     done = collector.load(checkpoint, fingerprint) if checkpoint and checkpoint.exists() else 0
     work = [(name, start) for name in CLASSES for start in range(0, len(samples[name]), recipe.batch_size)]
     progress = logging.tqdm(total=len(work), initial=done, desc="Collecting activations", unit="batch")
+    saved = time.monotonic()
     try:
         with progress:
             while done < len(work):
@@ -155,6 +159,9 @@ def collect(
                 collector.add(name, samples[name][start : start + recipe.batch_size])
                 done += 1
                 progress.update()
+                if checkpoint and time.monotonic() - saved >= SAVE_SECONDS:
+                    collector.save(checkpoint, fingerprint, done)
+                    saved = time.monotonic()
     finally:
         # Also after Ctrl+C or a failing prompt: what was collected is not lost, unless it stopped within an update.
         if checkpoint and collector.whole:

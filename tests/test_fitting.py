@@ -6,6 +6,7 @@ import torch
 from sklearn.covariance import ledoit_wolf
 
 import care_hf
+from care_hf import fitting
 from care_hf.baselines import mean_difference
 from care_hf.fitting import collect
 from care_hf.recipe import Recipe
@@ -144,6 +145,26 @@ def test_an_interrupted_fit_resumes_to_the_same_bases(testbed, prompts, tmp_path
     assert_same(bases(whole), bases(resumed))
     with pytest.raises(ValueError, match="another collection"):
         care_hf.fit(model, *prompts, processor, recipe.replace(seed=1), resume=kept)
+
+
+def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, monkeypatch):
+    model, processor = testbed
+    recipe = Recipe(rank=4, attribution="random", batch_size=4)
+    kept = tmp_path / "collected.safetensors"
+    saves = []
+    save = fitting._Collector.save
+
+    def keep_a_copy(self, path, fingerprint, done):
+        save(self, path, fingerprint, done)
+        saves.append((done, path.read_bytes()))
+
+    monkeypatch.setattr(fitting._Collector, "save", keep_a_copy)
+    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0)
+    whole = care_hf.fit(model, *prompts, processor, recipe, resume=kept)
+    assert [done for done, _ in saves] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    kept.write_bytes(saves[4][1])  # what a process killed after five batches leaves
+    assert_same(bases(whole), bases(care_hf.fit(model, *prompts, processor, recipe, resume=kept)))
+    assert [done for done, _ in saves[9:]] == [6, 7, 8, 8]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, max=1, help="Which bundled testbed checkpoint.")] = 0,
 ) -> None:
     """Fit, save, reload and measure a repair on the bundled testbed, beside its controls."""
-    # Imported here so that --help answers before torch is loaded.
+    # Imported here: --help needs none of it.
     from transformers.utils import logging
 
     from . import demo as job

@@ -147,7 +147,7 @@ def collect(
     collector = _Collector(model, processor, recipe, sites)
     collector.check(samples)
     checkpoint = Path(resume) if resume else None
-    fingerprint = _fingerprint(samples, recipe)
+    fingerprint = _fingerprint(model, processor, samples, recipe)
     done = collector.load(checkpoint, fingerprint) if checkpoint and checkpoint.exists() else 0
     work = [(name, start) for name in CLASSES for start in range(0, len(samples[name]), recipe.batch_size)]
     progress = logging.tqdm(total=len(work), initial=done, desc="Collecting activations", unit="batch")
@@ -278,7 +278,8 @@ class _Collector:
             metadata = file.metadata() or {}
             if metadata.get("fingerprint") != fingerprint:
                 raise ValueError(
-                    f"{path} holds another collection (other prompts or recipe); delete it or name another file."
+                    f"{path} holds another collection (another model, processor, prompts or recipe); delete it or name "
+                    "another file."
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         self.generator_state = tensors.pop("generator")
@@ -296,7 +297,16 @@ class _Collector:
                     yield f"{site}.{modality}.{name}", moments
 
 
-def _fingerprint(samples: Mapping[str, Samples], recipe: Recipe) -> str:
+def _fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples], recipe: Recipe) -> str:
+    """A hash of all that the moments depend on; of every parameter, some 64 values."""
     fields = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
     prompts = {name: items.digests for name, items in samples.items()}
-    return hashlib.sha256(json.dumps([fields, prompts], sort_keys=True).encode()).hexdigest()
+    template = str(getattr(processor, "chat_template", None))
+    digest = hashlib.sha256(json.dumps([fields, prompts, template], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:  # offloaded: name and shape must do
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 64)].contiguous()
+            digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

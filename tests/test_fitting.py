@@ -145,6 +145,8 @@ def test_an_interrupted_fit_resumes_to_the_same_bases(testbed, prompts, tmp_path
     assert_same(bases(whole), bases(resumed))
     with pytest.raises(ValueError, match="another collection"):
         care_hf.fit(model, *prompts, processor, recipe.replace(seed=1), resume=kept)
+    with pytest.raises(ValueError, match="another model"):
+        care_hf.fit(care_hf.load_testbed(1)[0], *prompts, processor, recipe, resume=kept)
 
 
 def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, monkeypatch):

@@ -111,8 +111,8 @@ class Concept:
 class WorldSample:
     """One prompt: `text`, `image` uint8 (48, 48, 3) or None, the expected `answer`, and where it comes from.
 
-    `tiles` maps the index of a vision patch to what is drawn there (a label of `train.patch_labels`); only training
-    reads it.
+    `tiles` maps the index of a vision patch to what is drawn there, ("glyph" | "shape" | "icon", its index);
+    only training reads it.
     """
 
     text: str

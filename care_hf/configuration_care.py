@@ -4,8 +4,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .gating import TURN
 from .projection import FUSIONS, MODALITIES
-from .sites import Site
+from .sites import Site, runs_before
+
+GATE = {"site", "required", "alarms", "prompt_end"}
+SCOPES = ("all", "prompt")  # of a repair by modality; a `TurnProjection` has its scope in its name
 
 
 class CareConfig(PreTrainedConfig):
@@ -15,18 +19,32 @@ class CareConfig(PreTrainedConfig):
 
     Args:
         vlm_config: the base's configuration, or its dict.
-        sites: one dict per repaired site: ``{"site": "16.ffn", "ranks": {"visual": 16, "text": 16}, "oblique": []}``.
+        sites: one dict per repaired site: ``{"site": "16.ffn", "ranks": {"visual": 16, "text": 16}, "oblique": []}``,
+            or with ranks of "last" and "response" and the number of repaired "steps" of the response.
         fusion: how the corrections of the two modalities become one, see `projection.SafetyProjection`.
+        gate: ``{"site": "16.residual", "required": 1, "alarms": 3, "prompt_end": [5]}``, see `gating.Gate`; None if
+            there is none.
+        scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
+        origin: how the repair came about, as strings.
 
     Raises:
-        ValueError: sites or fusion are not of that form.
+        ValueError: sites, fusion, gate or scope are not of that form, or the gate decides after a repair that asks it.
     """
 
     model_type = "care"
     sub_configs = {"vlm_config": AutoConfig}  # noqa: RUF012  the form that transformers expects
     has_no_defaults_at_init = True
 
-    def __init__(self, vlm_config=None, sites=(), fusion: str = "adaptive", **kwargs: Any):
+    def __init__(
+        self,
+        vlm_config=None,
+        sites=(),
+        fusion: str = "adaptive",
+        gate: dict[str, Any] | None = None,
+        scope: str = "all",
+        origin: dict[str, str] | None = None,
+        **kwargs: Any,
+    ):
         if isinstance(vlm_config, dict):
             if "model_type" not in vlm_config:
                 raise ValueError(
@@ -39,12 +57,33 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(f"sites={[entry['site'] for entry in self.sites]} name a place twice.")
         if fusion not in FUSIONS:
             raise ValueError(f"fusion={fusion!r} is not known; choose one of {FUSIONS}.")
-        self.fusion = fusion
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope!r} is not known; choose one of {SCOPES}.")
+        self.fusion, self.scope, self.gate, self.origin = fusion, scope, gate, dict(origin or {})
+        self._check_gate()
         if vlm_config is not None:
             kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
             kwargs.setdefault("attn_implementation", vlm_config._attn_implementation)
             kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
+
+    def _check_gate(self) -> None:
+        asking = [
+            entry["site"]
+            for entry in self.sites
+            if self.scope == "prompt" or not set(entry["ranks"]) <= set(MODALITIES)
+        ]
+        if self.gate is None:
+            if asking:
+                raise ValueError(f"The repairs of sites {asking} ask a gate where the prompt ends, and there is none.")
+            return
+        if not isinstance(self.gate, dict) or set(self.gate) != GATE:
+            raise ValueError(f"gate={self.gate!r} must be a dict of {sorted(GATE)}.")
+        late = [site for site in asking if not runs_before(Site.parse(self.gate["site"]), Site.parse(site))]
+        if late:
+            raise ValueError(
+                f"The gate reads site {self.gate['site']}, after sites {late} have run; put it there or before."
+            )
 
     def get_text_config(self, decoder=None, encoder=None):
         """The base's text configuration."""
@@ -62,11 +101,15 @@ def _check_site(entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(entry, dict) or not {"site", "ranks"} <= set(entry):
         raise ValueError(f"A site is described as {entry!r}; expected a dict with 'site', 'ranks' and 'oblique'.")
     Site.parse(entry["site"])
-    ranks, oblique = entry["ranks"], list(entry.get("oblique", ()))
-    if not ranks or set(ranks) - set(MODALITIES) or not all(isinstance(k, int) and k > 0 for k in ranks.values()):
+    ranks, oblique, steps = entry["ranks"], list(entry.get("oblique", ())), entry.get("steps", 0)
+    of_one_kind = set(ranks) <= set(MODALITIES) or set(ranks) <= set(TURN)
+    if not ranks or not of_one_kind or not all(isinstance(k, int) and k > 0 for k in ranks.values()):
         raise ValueError(
-            f"Site {entry['site']}: ranks={ranks!r} must give a whole number for one or both of {MODALITIES}."
+            f"Site {entry['site']}: ranks={ranks!r} must give a whole number for one or both of {MODALITIES}, or of "
+            f"{TURN}."
         )
     if set(oblique) - set(ranks):
-        raise ValueError(f"Site {entry['site']}: oblique={oblique!r} names a modality without a rank.")
-    return {"site": entry["site"], "ranks": dict(ranks), "oblique": oblique}
+        raise ValueError(f"Site {entry['site']}: oblique={oblique!r} names what has no rank.")
+    if not isinstance(steps, int) or ("response" in ranks) != (steps > 0):
+        raise ValueError(f"Site {entry['site']}: steps={steps!r} must be the number of repaired answer tokens.")
+    return {"site": entry["site"], "ranks": dict(ranks), "oblique": oblique, "steps": steps}

@@ -1,30 +1,30 @@
 """The whole flow: prompts, activations, attributed tokens, covariances, subspaces, repaired model."""
 
-import hashlib
 import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
+from . import resume as resuming
 from .attribution import attribute_tokens, kept_count
+from .evaluation import is_refusal
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, load_samples
 from .sites import Site, hidden_size, image_token_ids, record
 from .subspace import SafetySubspaces, fit_subspaces
+from .turn_repair import solve_turns
+from .turns import Turns, record_turns
 
 CLASSES = ("benign", "malicious")
-SAVE_SECONDS = 300  # how much collecting a killed process may lose, where it resumes
 COLLECTING_FIELDS = (
     "layers",
     "component",
@@ -81,30 +81,100 @@ def fit(
     processor=None,
     recipe: Recipe | str | Path | None = None,
     *,
+    exposed: Iterable[Any] | None = None,
+    neutral: Iterable[Any] | None = None,
+    refused: Iterable[Any] | None = None,
+    judge: Callable[[str], bool] = is_refusal,
     resume: str | Path | None = None,
 ) -> CareForConditionalGeneration:
     """Fit a repair on benign and malicious prompts and return the repaired model; `model` itself stays as it is.
 
+    Prompts come in any form that `samples.load_samples` takes, with and without images; a "kind" on each makes the gate
+    compare like with like, and "groups" (topic, template) make its thresholds hold for what it has not seen.
+
     Args:
         model: any vision-language model that transformers loads; its weights are shared with the result, not copied.
-        benign: harmless prompts, with and without images: a `datasets.Dataset`, chat conversations, or dicts with text
-            and image.
-        malicious: prompts that jailbreak the model, in the same forms.
+        benign: requests that should be granted.
+        malicious: requests that should be refused. Under the default recipe some must be such that the model refuses
+            them, in plain words; the others may be jailbreaks, and there need not be any.
         processor: the model's processor; by default it is loaded from where the model came from.
-        recipe: a `Recipe`, the name of one ("paper"), a YAML file, or None for the default.
+        recipe: a `Recipe`, the name of one ("gated", "paper"), a YAML file, or None for the default, "gated".
+        exposed: harmless questions about harmful things ("what is this?"), which should be answered. With `neutral`
+            they teach the gate what is harmful in every modality without any jailbreak, and not to refuse such
+            questions.
+        neutral: harmless questions about harmless things.
+        refused: further malicious prompts, which count as refused whatever `judge` says.
+        judge: whether an answer is a refusal; by default by its first words, in English.
         resume: a file that keeps what is collected, written every five minutes and on interruption; a fit that finds it
             goes on from there.
 
     Raises:
-        TypeError, ValueError: prompts, recipe and model do not fit together; raised before the first forward.
+        TypeError, ValueError: prompts, recipe and model do not fit together; raised before the first forward, but for
+            too few refusals, which are known once the malicious prompts are answered.
         FloatingPointError: an activation is not finite.
     """
     recipe = Recipe.load(recipe)
     processor = processor or load_processor(model)
-    statistics = collect(model, benign, malicious, processor, recipe, resume=resume)
-    repaired = CareForConditionalGeneration.from_base(model, statistics.solve(recipe))
+    further = {"exposed": exposed, "neutral": neutral, "refused": refused}
+    given = {name: data for name, data in further.items() if data is not None}
+    if recipe.by_turn:
+        turns = collect_turns(model, benign, malicious, processor, recipe, judge=judge, resume=resume, **given)
+        subspaces = solve_turns(turns, recipe)
+    elif given:
+        raise ValueError(f"A recipe with scope={recipe.scope!r} has no use for {sorted(given)}; leave them out.")
+    else:
+        statistics = collect(model, benign, malicious, processor, recipe, resume=resume)
+        subspaces = statistics.solve(recipe)
+    repaired = CareForConditionalGeneration.from_base(model, subspaces)
     repaired.processor = processor
     return repaired
+
+
+def collect_turns(
+    model: PreTrainedModel,
+    benign: Iterable[Any],
+    malicious: Iterable[Any],
+    processor,
+    recipe: Recipe,
+    *,
+    exposed: Iterable[Any] | None = None,
+    neutral: Iterable[Any] | None = None,
+    refused: Iterable[Any] | None = None,
+    judge: Callable[[str], bool] = is_refusal,
+    resume: str | Path | None = None,
+) -> Turns:
+    """Run every prompt, and the malicious ones with an answer, and keep what `turn_repair.solve_turns` needs.
+
+    Arguments and errors as in `fit`; one collection serves recipes that differ in what is solved alone.
+    """
+    _check_unrepaired(model)
+    if (exposed is None) != (neutral is None):
+        raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
+    samples = {"benign": load_samples(benign, "benign")}
+    malicious = load_samples(malicious, "malicious")
+    known = load_samples(refused, "refused") if refused is not None else []
+    samples["malicious"] = load_samples([*malicious, *known], "malicious") if known else malicious
+    if exposed is not None:
+        samples |= {"exposed": load_samples(exposed, "exposed"), "neutral": load_samples(neutral, "neutral")}
+    _check_disjoint(samples)
+    if recipe.rank > hidden_size(model):
+        raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={hidden_size(model)}; lower the rank.")
+    path = Path(resume) if resume else None
+    return record_turns(model, processor, samples, len(known), recipe, judge, path)
+
+
+def _check_unrepaired(model: PreTrainedModel) -> None:
+    if isinstance(model, CareForConditionalGeneration):
+        raise TypeError(
+            "The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare."
+        )
+
+
+def _check_disjoint(samples: Mapping[str, Samples]) -> None:
+    """Assert that every prompt belongs to one class only."""
+    for first, second in combinations(samples, 2):
+        if set(samples[first].digests) & set(samples[second].digests):
+            raise ValueError(f"A prompt is in both `{first}` and `{second}`; every prompt belongs to one class only.")
 
 
 def load_processor(model: PreTrainedModel):
@@ -138,16 +208,14 @@ def collect(
     Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and
     padding never count. Arguments and errors as in `fit`.
     """
-    if isinstance(model, CareForConditionalGeneration):
-        raise TypeError(
-            "The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare."
-        )
+    _check_unrepaired(model)
     sites = recipe.sites(model)
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     collector = _Collector(model, processor, recipe, sites)
     collector.check(samples)
     checkpoint = Path(resume) if resume else None
-    fingerprint = _fingerprint(model, processor, samples, recipe)
+    settings = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
+    fingerprint = resuming.fingerprint(model, processor, samples, settings)
     done = collector.load(checkpoint, fingerprint) if checkpoint and checkpoint.exists() else 0
     work = [(name, start) for name in CLASSES for start in range(0, len(samples[name]), recipe.batch_size)]
     progress = logging.tqdm(total=len(work), initial=done, desc="Collecting activations", unit="batch")
@@ -159,7 +227,7 @@ def collect(
                 collector.add(name, samples[name][start : start + recipe.batch_size])
                 done += 1
                 progress.update()
-                if checkpoint and time.monotonic() - saved >= SAVE_SECONDS:
+                if checkpoint and time.monotonic() - saved >= resuming.SAVE_SECONDS:
                     collector.save(checkpoint, fingerprint, done)
                     saved = time.monotonic()
     finally:
@@ -193,8 +261,7 @@ class _Collector:
                 f"The configuration of {type(self.model).__name__} names no image token, so visual tokens cannot be "
                 "told; use Recipe(modalities=('text',))."
             )
-        if set(samples["benign"].digests) & set(samples["malicious"].digests):
-            raise ValueError("A prompt is in both `benign` and `malicious`; every prompt belongs to one class only.")
+        _check_disjoint(samples)
         for name, items in samples.items():
             if "visual" in recipe.modalities and not items.pictured:
                 raise ValueError(
@@ -268,45 +335,21 @@ class _Collector:
         tensors = {"generator": self.generator_state}
         for key, moments in self._named():
             tensors.update({f"{key}.{field}": value.contiguous() for field, value in moments.state_dict().items()})
-        partial = path.with_suffix(path.suffix + ".partial")
-        save_file(tensors, partial, metadata={"fingerprint": fingerprint, "done": str(done)})
-        os.replace(partial, path)
+        resuming.save(path, tensors, fingerprint, done=str(done))
 
     def load(self, path: Path, fingerprint: str) -> int:
         """Take up the moments in `path`; returns the number of batches that are in them."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("fingerprint") != fingerprint:
-                raise ValueError(
-                    f"{path} holds another collection (another model, processor, prompts or recipe); delete it or name "
-                    "another file."
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+        tensors, notes = resuming.load(path, fingerprint)
         self.generator_state = tensors.pop("generator")
         self.generator.set_state(self.generator_state)
         for site, modality, name in [(s, m, c) for s in self.sites for m in self.recipe.modalities for c in CLASSES]:
             prefix = f"{site}.{modality}.{name}."
             state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             self.moments[site][modality][name] = RunningCovariance.from_state(state)
-        return int(metadata["done"])
+        return int(notes["done"])
 
     def _named(self):
         for site, by_modality in self.moments.items():
             for modality, by_class in by_modality.items():
                 for name, moments in by_class.items():
                     yield f"{site}.{modality}.{name}", moments
-
-
-def _fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples], recipe: Recipe) -> str:
-    """A hash of all that the moments depend on; of every parameter, some 64 values."""
-    fields = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
-    prompts = {name: items.digests for name, items in samples.items()}
-    template = str(getattr(processor, "chat_template", None))
-    digest = hashlib.sha256(json.dumps([fields, prompts, template], sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:  # offloaded: name and shape must do
-            values = parameter.detach().flatten()
-            some = values[:: max(1, len(values) // 64)].contiguous()
-            digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

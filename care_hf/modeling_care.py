@@ -10,33 +10,43 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, PreTraine
 from transformers.initialization import no_init_weights
 
 from .configuration_care import CareConfig
+from .gating import Gate, GateReader, TurnProjection
 from .projection import SafetyProjection, Subspace
+from .repair_state import RepairState, watch_turns, watch_visual_tokens
 from .sites import Site, hidden_size, image_token_ids, output_tensor, replace_output, site_module
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 
-class RepairState:
-    """What the repaired modules of a model share at run time and no file keeps: the switch, and the visual tokens."""
-
-    def __init__(self):
-        self.enabled = True
-        self.visual_mask: torch.Tensor | None = None
-
-
 class CareSiteMixin:
-    """Put before a module's own class, repairs its output by `care` (`SafetyProjection`) unless `care_state` is off."""
+    """Put before a module's own class, it has the output read by `care_gate` and repaired by `care`, where it has them.
+
+    `care` is a `SafetyProjection` or a `TurnProjection`, `care_gate` a `GateReader`; both rest if `care_state` is off.
+    """
 
     def forward(self, *args, **kwargs):
-        """The module's own forward, then the repair."""
+        """The module's own forward, then the gate, then the repair."""
         output = super().forward(*args, **kwargs)
-        if not self.care_state.enabled:
+        state = self.care_state
+        if not state.enabled:
             return output
         h = output_tensor(output)
-        mask = self.care_state.visual_mask
-        if mask is not None:
-            mask = mask.to(h.device).reshape(h.shape[:-1])  # some FFNs work on (B * S, d)
-        return replace_output(output, self.care(h, mask))
+        if self.care_gate is not None:
+            pictured = state.pictured.to(h.device)
+            state.decide(self.care_gate(h.reshape(*pictured.shape, h.shape[-1]), pictured))
+        return output if self.care is None else replace_output(output, self._repair(h, state))
+
+    def _repair(self, h: torch.Tensor, state: RepairState) -> torch.Tensor:
+        def fitting(of_tokens: torch.Tensor | None) -> torch.Tensor | None:
+            # Some FFNs work on (B * S, d); a part of the model may be on another device.
+            return None if of_tokens is None else of_tokens.to(h.device).reshape(h.shape[:-1])
+
+        if isinstance(self.care, TurnProjection):
+            return self.care(h, fitting(state.held_steps))
+        repaired = self.care(h, fitting(state.visual_mask))
+        if self.care_scope == "all":
+            return repaired
+        return torch.where((fitting(state.steps) <= 0)[..., None], repaired, h)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
@@ -74,8 +84,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
     Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
-    of the base works as it does there. Buffers, all saved: `layers` (int64, the repaired decoder layers) and one
-    `SafetyProjection`, named `care`, in each repaired module.
+    of the base works as it does there. Buffers, all saved: `layers` (int64, the repaired decoder layers), one
+    `SafetyProjection` or `TurnProjection`, named `care`, in each repaired module, and, if there is a gate, a
+    `GateReader`, named `care_gate`, in the module that it reads.
 
     Attributes:
         vlm: the base model with its repaired modules.
@@ -100,38 +111,56 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._no_split_modules = list(self.vlm._no_split_modules or [])
         for entry in config.sites:
             self._repair_site(entry)
+        if config.gate:
+            gate = config.gate
+            module = self._guarded(Site.parse(gate["site"]))
+            module.care_gate = GateReader(hidden_size(self.vlm), gate["required"], gate["alarms"])
+            self.care_state.prompt_end = tuple(gate["prompt_end"])
+            watch_turns(self.vlm, self.care_state)
         self._keep_in_fp32_modules_strict = [
             f"{name}.{leaf}"
             for name, module in self.named_modules()
-            if isinstance(module, SafetyProjection)
+            if isinstance(module, (SafetyProjection, TurnProjection, GateReader))
             for leaf, buffer in module.named_buffers()
             if buffer.is_floating_point()
         ]
-        if config.fusion == "route":
-            self._watch_visual_tokens()
+        if self._tells_visual_tokens_apart():
+            watch_visual_tokens(self.vlm, self.care_state)
         self.post_init()
 
-    def _repair_site(self, entry: dict[str, Any]) -> None:
-        site = Site.parse(entry["site"])
-        module = site_module(self.vlm, site)
-        if site.component == "residual":
-            # accelerate keeps a layer on one device by the name of its class
-            self._no_split_modules.append(f"Care{type(module).__name__}")
-        module.__class__ = care_class(type(module))
-        module.care_state = self.care_state
-        module.care = SafetyProjection(hidden_size(self.vlm), entry["ranks"], self.config.fusion, entry["oblique"])
-        if "_old_forward" in module.__dict__:  # accelerate's hooks call a forward that they bound before
-            module._old_forward = type(module).forward.__get__(module)
-
-    def _watch_visual_tokens(self) -> None:
+    def _tells_visual_tokens_apart(self) -> bool:
+        by_modality = any(set(entry["ranks"]) & {"visual", "text"} for entry in self.config.sites)
+        if self.config.fusion != "route" or not by_modality:
+            return False
         if not image_token_ids(self.config):
             raise ValueError(
                 f"Fusion 'route' needs to know the image tokens, and the configuration of {type(self.vlm).__name__} "
                 "names none; choose another fusion."
             )
-        self.vlm.care_state = self.care_state
-        self.vlm.register_forward_pre_hook(_note_visual_tokens, with_kwargs=True)
-        self.vlm.register_forward_hook(_forget_visual_tokens, always_call=True)
+        return True
+
+    def _repair_site(self, entry: dict[str, Any]) -> None:
+        module = self._guarded(Site.parse(entry["site"]))
+        dimension, ranks, oblique = hidden_size(self.vlm), entry["ranks"], entry["oblique"]
+        if set(ranks) <= {"visual", "text"}:
+            module.care = SafetyProjection(dimension, ranks, self.config.fusion, oblique)
+        else:
+            module.care = TurnProjection(dimension, ranks, entry["steps"], oblique)
+
+    def _guarded(self, site: Site) -> nn.Module:
+        """The module of `site`, its class swapped."""
+        module = site_module(self.vlm, site)
+        if isinstance(module, CareSiteMixin):
+            return module
+        if site.component == "residual":
+            # accelerate keeps a layer on one device by the name of its class
+            self._no_split_modules.append(f"Care{type(module).__name__}")
+        module.__class__ = care_class(type(module))
+        module.care = module.care_gate = None
+        module.care_state, module.care_scope = self.care_state, self.config.scope
+        if "_old_forward" in module.__dict__:  # accelerate's hooks call a forward that they bound before
+            module._old_forward = type(module).forward.__get__(module)
+        return module
 
     @classmethod
     def from_base(cls, model: PreTrainedModel, subspaces) -> "CareForConditionalGeneration":
@@ -139,42 +168,44 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             model: any vision-language model with a decoder-only text part.
-            subspaces: a `SafetySubspaces`: `sites` {Site: {modality: Subspace}}, `fusion`, `fusion_weight`, `strength`.
+            subspaces: a `SafetySubspaces`.
 
         Raises:
             TypeError: the model is repaired already.
-            ValueError: no sites, a site that the model does not have, or bases of another hidden size.
+            ValueError: no sites, a site that the model does not have, bases or a gate of another hidden size, or a gate
+                that would decide after a repair that asks it.
         """
         if isinstance(model, cls):
             raise TypeError("The model is repaired already; repair its base, or fit one repair with all sites.")
         if not subspaces.sites:
             raise ValueError("There are no sites to repair; give at least one.")
-        for site, by_modality in subspaces.sites.items():
-            for name, subspace in by_modality.items():
-                if subspace.basis.shape[0] != hidden_size(model):
-                    raise ValueError(
-                        f"The {name} basis of site {site} has d={subspace.basis.shape[0]}, but {type(model).__name__} "
-                        f"has a hidden size of {hidden_size(model)}; the subspaces were fitted on another model."
-                    )
-            site_module(model, site)  # raises where there is none
+        _check_sizes(model, subspaces)
         vlm = copy_structure(model)
         sites = [
             {
                 "site": str(site),
-                "ranks": {name: s.rank for name, s in by_modality.items()},
-                "oblique": [name for name, s in by_modality.items() if s.reader is not None],
+                "ranks": {name: s.rank for name, s in by_group.items()},
+                "oblique": [name for name, s in by_group.items() if s.reader is not None],
+                "steps": max(s.steps for s in by_group.values()),
             }
-            for site, by_modality in sorted(subspaces.sites.items())
+            for site, by_group in sorted(subspaces.sites.items())
         ]
-        config = CareConfig(vlm.config, sites, subspaces.fusion, dtype=model.dtype)
+        gate = subspaces.gate and {
+            "site": str(subspaces.gate_site),
+            "required": subspaces.gate.required,
+            "alarms": subspaces.gate.alarms,
+            "prompt_end": list(subspaces.gate.prompt_end),
+        }
+        config = CareConfig(
+            vlm.config, sites, subspaces.fusion, gate, subspaces.scope, dict(subspaces.metadata), dtype=model.dtype
+        )
         with no_init_weights():
             repaired = cls(config, vlm)
-        for site, by_modality in subspaces.sites.items():
-            module = site_module(vlm, site)
-            loaded = SafetyProjection.from_subspaces(
-                by_modality, subspaces.fusion, subspaces.fusion_weight, subspaces.strength
-            )
-            module.care = loaded.to(_device_of(module))
+        for site, module in repaired._site_modules().items():
+            module.care = _projection(subspaces, site).to(_device_of(module))
+        if gate:
+            module = repaired._gate_module()
+            module.care_gate = GateReader.from_gate(subspaces.gate).to(_device_of(module))
         repaired.layers = repaired.layers.to(model.device)
         return repaired.train(model.training)
 
@@ -188,9 +219,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
-        foreign = sorted(key for key in info["unexpected_keys"] if ".care." in key or key == "layers")
+        foreign = sorted(key for key in info["unexpected_keys"] if _of_the_repair(key))
         reshaped = sorted(
-            str(key) for key in info["mismatched_keys"] if ".care." in str(key) or "layers" in str(key).split("'")
+            str(key) for key in info["mismatched_keys"] if _of_the_repair(str(key)) or "layers" in str(key).split("'")
         )
         for what, keys in (
             ("lacks", missing),
@@ -211,19 +242,22 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a buffer is missing, offloaded, not finite or inconsistent.
         """
-        for site, module in self._site_modules().items():
-            for name, buffer in module.care.named_buffers():
+        checked = [(f"site {site}", module.care) for site, module in self._site_modules().items()]
+        if self.config.gate:
+            checked.append(("the gate", self._gate_module().care_gate))
+        for where, part in checked:
+            for name, buffer in part.named_buffers():
                 if buffer.is_meta:
-                    raise ValueError(f"Buffer {name} of site {site} is offloaded; load with offload_buffers=False.")
+                    raise ValueError(f"Buffer {name} of {where} is offloaded; load with offload_buffers=False.")
             try:
-                module.care.check()
+                part.check()
             except ValueError as error:
-                raise ValueError(f"Site {site}: {error}") from error
+                raise ValueError(f"{where[0].upper()}{where[1:]}: {error}") from error
         layers = sorted({site.layer for site in self._site_modules()})
         if self.layers.tolist() != layers:
             raise ValueError(f"The buffer `layers` is {self.layers.tolist()}, but config.json names sites in {layers}.")
 
-    def care_modules(self) -> dict[Site, SafetyProjection]:
+    def care_modules(self) -> dict[Site, SafetyProjection | TurnProjection]:
         """The repair of every site."""
         return {site: module.care for site, module in self._site_modules().items()}
 
@@ -231,6 +265,17 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {
             site: site_module(self.vlm, site) for site in (Site.parse(entry["site"]) for entry in self.config.sites)
         }
+
+    def _gate_module(self) -> nn.Module:
+        return site_module(self.vlm, Site.parse(self.config.gate["site"]))
+
+    @property
+    def gate(self) -> Gate | None:
+        """What decides whether to repair, as it stands in the buffers; None if every prompt is repaired."""
+        if not self.config.gate:
+            return None
+        reader = self._gate_module().care_gate
+        return Gate(self.config.gate["prompt_end"], reader.readers, reader.thresholds, reader.required)
 
     def subspaces(self) -> dict[Site, dict[str, Subspace]]:
         """The repair as it stands in the buffers."""
@@ -321,6 +366,35 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
+def _of_the_repair(key: str) -> bool:
+    return ".care." in key or ".care_gate." in key or key == "layers"
+
+
+def _check_sizes(model: PreTrainedModel, subspaces) -> None:
+    dimension = hidden_size(model)
+    parts = [
+        (f"{name} basis of site {site}", subspace.basis.shape[0], site)
+        for site, by_group in subspaces.sites.items()
+        for name, subspace in by_group.items()
+    ]
+    if subspaces.gate:
+        parts.append(("gate", subspaces.gate.readers.shape[0], subspaces.gate_site))
+    for what, size, site in parts:
+        if size != dimension:
+            raise ValueError(
+                f"The {what} has d={size}, but {type(model).__name__} has a hidden size of {dimension}; it was fitted "
+                "on another model."
+            )
+        site_module(model, site)  # raises where there is none
+
+
+def _projection(subspaces, site: Site) -> SafetyProjection | TurnProjection:
+    by_group = subspaces.sites[site]
+    if set(by_group) <= {"visual", "text"}:
+        return SafetyProjection.from_subspaces(by_group, subspaces.fusion, subspaces.fusion_weight, subspaces.strength)
+    return TurnProjection.from_subspaces(by_group, subspaces.strength)
+
+
 def copy_structure(model: nn.Module) -> nn.Module:
     """A copy of the modules of `model` that shares all of its tensors."""
     shared = [*model.parameters(), *model.buffers()]
@@ -340,24 +414,3 @@ def _device_of(module: nn.Module) -> torch.device:
         return torch.device(execution)
     tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.is_meta]
     return tensors[0].device if tensors else torch.device("cpu")
-
-
-def _note_visual_tokens(vlm: nn.Module, args, kwargs) -> None:
-    """Find the image and video tokens as the base itself does: by id, or by the placeholder's embedding."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    tokens = image_token_ids(vlm.config)
-    if ids is not None:
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        for token in tokens:
-            mask = mask | (ids == token)
-    else:
-        embeddings, embed = kwargs["inputs_embeds"], vlm.get_input_embeddings()
-        mask = torch.zeros(embeddings.shape[:-1], dtype=torch.bool, device=embeddings.device)
-        for token in tokens:
-            placeholder = embed(torch.tensor(token, device=embeddings.device))
-            mask = mask | (embeddings == placeholder).all(-1)
-    vlm.care_state.visual_mask = mask
-
-
-def _forget_visual_tokens(vlm: nn.Module, args, output) -> None:
-    vlm.care_state.visual_mask = None

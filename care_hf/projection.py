@@ -27,7 +27,8 @@ class Subspace:
 
     Attributes:
         basis: (d, k), orthonormal columns; the correction lies in its span.
-        mean: (d,), the benign mean that the correction pulls towards.
+        mean: (d,), the anchor that the correction pulls towards, the benign mean in the printed method; or (T, d), one
+            anchor per token since the prompt ended (`gating.TurnProjection`).
         beta: how much of the mean is put back: 1 is the affine projection about the mean, 0 the linear projection.
         reader: (d, k) with ``reader^T basis = I`` for an oblique projector ``I - basis reader^T``; None for the
             orthogonal one.
@@ -54,7 +55,7 @@ class Subspace:
         basis, reader = self.basis, self.basis if self.reader is None else self.reader
         if basis.ndim != 2 or not 1 <= basis.shape[1] <= basis.shape[0]:
             raise ValueError(f"A basis of shape {tuple(basis.shape)} must be (d, k) with 1 <= k <= d.")
-        if self.mean.shape != basis.shape[:1] or reader.shape != basis.shape:
+        if self.mean.ndim not in (1, 2) or self.mean.shape[-1:] != basis.shape[:1] or reader.shape != basis.shape:
             raise ValueError(
                 f"mean {tuple(self.mean.shape)} and reader {tuple(reader.shape)} do not fit a basis of shape "
                 f"{tuple(basis.shape)}; expected {tuple(basis.shape[:1])} and {tuple(basis.shape)}."
@@ -78,15 +79,35 @@ class Subspace:
         """k."""
         return self.basis.shape[1]
 
+    @property
+    def steps(self) -> int:
+        """T, or 0 where there is one anchor for all tokens."""
+        return len(self.mean) if self.mean.ndim == 2 else 0
+
+
+class FixedPrecision(nn.Module):
+    """Moves with the model, but never changes dtype: half-precision bases would not be orthonormal."""
+
+    def _apply(self, fn, recurse=True):
+        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            owner, _, leaf = name.rpartition(".")
+            module = self.get_submodule(owner)
+            after = getattr(module, leaf)
+            if after.dtype != before.dtype:
+                setattr(module, leaf, before.to(after.device))
+        return self
+
 
 class ModalityProjection(nn.Module):
     """Buffers of one `Subspace`, float32: `basis`, `mean`, `beta` (0-dim) and, for an oblique projector, `reader`."""
 
-    def __init__(self, dimension: int, rank: int, oblique: bool):
+    def __init__(self, dimension: int, rank: int, oblique: bool, steps: int = 0):
         super().__init__()
         # NaN until loaded: what a file fails to bring can then be told from what it brings.
         self.register_buffer("basis", torch.full((dimension, rank), torch.nan, dtype=torch.float32))
-        self.register_buffer("mean", torch.full((dimension,), torch.nan, dtype=torch.float32))
+        self.register_buffer("mean", torch.full((steps, dimension) if steps else (dimension,), torch.nan))
         self.register_buffer("beta", torch.tensor(torch.nan, dtype=torch.float32))
         self.register_buffer(
             "reader", torch.full((dimension, rank), torch.nan, dtype=torch.float32) if oblique else None
@@ -97,15 +118,23 @@ class ModalityProjection(nn.Module):
         return (self.basis if self.reader is None else self.reader).to(dtype)
 
     def target(self, dtype: torch.dtype) -> torch.Tensor:
-        """R^T beta m (k,), the coefficients that repaired activations have."""
+        """R^T beta m, (k,) or (T, k), the coefficients that repaired activations have."""
         return (self.beta * self.mean).to(dtype) @ self.read_by(dtype)
+
+    def load(self, subspace: Subspace) -> None:
+        """Fill the buffers."""
+        self.basis.copy_(subspace.basis)
+        self.mean.copy_(subspace.mean)
+        self.beta.fill_(subspace.beta)
+        if subspace.reader is not None:
+            self.reader.copy_(subspace.reader)
 
     def subspace(self) -> Subspace:
         """The buffers as a checked `Subspace`."""
         return Subspace(self.basis, self.mean, float(self.beta), self.reader)
 
 
-class SafetyProjection(nn.Module):
+class SafetyProjection(FixedPrecision):
     """The repair of one site: one or two modalities and how their corrections become one.
 
     With one modality there is nothing to fuse: its correction is applied to every token, or under "route" to its own
@@ -172,12 +201,7 @@ class SafetyProjection(nn.Module):
         ranks = {name: subspace.rank for name, subspace in subspaces.items()}
         module = cls(dimensions.pop() if dimensions else 0, ranks, fusion, oblique).to(device)
         for name, subspace in subspaces.items():
-            projection = getattr(module, name)
-            projection.basis.copy_(subspace.basis)
-            projection.mean.copy_(subspace.mean)
-            projection.beta.fill_(subspace.beta)
-            if subspace.reader is not None:
-                projection.reader.copy_(subspace.reader)
+            getattr(module, name).load(subspace)
         module.fusion.fill_(FUSIONS.index(fusion))
         module.fusion_weight.fill_(fusion_weight)
         module.strength.fill_(strength)
@@ -267,18 +291,6 @@ class SafetyProjection(nn.Module):
             error = (self.mixing - expected.to(self.mixing)).abs().max().item()
             if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise ValueError(f"The buffer `mixing` differs from what the bases give by {error:.2g}.")
-
-    def _apply(self, fn, recurse=True):
-        """Move with the model, but never change dtype: half-precision bases would not be orthonormal."""
-        kept = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            owner, _, leaf = name.rpartition(".")
-            module = self.get_submodule(owner)
-            after = getattr(module, leaf)
-            if after.dtype != before.dtype:
-                setattr(module, leaf, before.to(after.device))
-        return self
 
 
 def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -5,60 +5,85 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from .gating import TURN
 from .projection import FUSIONS, MODALITIES
-from .sites import COMPONENTS, Site, decoder_layers
+from .sites import COMPONENTS, Site, decoder_layers, runs_before
 
 ATTRIBUTIONS = ("kernel", "random", "all")
 CENTRINGS = ("benign", "own")
 PROJECTORS = ("orthogonal", "oblique")
+ANCHORS = ("benign", "refused", "none")
+BASES = ("filter", "pattern")
+GATES = ("linear", "none")
+DEPTHS = {"middle": (1, 2), "two-thirds": (2, 3)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How `fit` turns activations into a repair. The defaults are the printed method (arXiv 2603.27240), the recipe
-    "paper".
+    """How `fit` turns activations into a repair.
 
-    What the paper leaves open (rank, share of tokens, beta, batch) is set here and nowhere else.
+    The defaults are the recipe "gated": a gate that decides at the last token of the prompt, and a correction towards
+    what the model does when it refuses. The recipe "paper" is the printed method (arXiv 2603.27240); what the paper
+    leaves open (rank, share of tokens, beta, batch) is set here and nowhere else.
 
     Attributes:
-        layers: decoder layers to repair, counted from 0; "middle" is the pair at half depth (16 and 17 of LLaVA's 32).
+        scope: which tokens are repaired: one or both of "last" (of the prompt) and "response", or "prompt" or "all".
+        layers: decoder layers to repair, counted from 0; "middle" is the pair at half depth (16 and 17 of LLaVA's 32),
+            "two-thirds" the one there (21).
         component: "ffn", "attention" or "residual".
-        modalities: the subspaces to fit, "visual" and "text" or one of them.
         rank: directions per subspace, k.
-        attribution: how tokens are chosen: "kernel" scores (the paper's), "random" (the control) or "all".
+        basis: "filter", the generalized eigenvectors of the malicious against the benign covariance, or "pattern", the
+            directions in which complying activations differ most from the anchor.
+        anchor: what activations are pulled towards: the mean of "benign" prompts, of those that the model "refused", or
+            "none".
+        beta: how much of the anchor is put back; 1 is the affine projection about it.
+        projector: "orthogonal" (QR of the directions) or "oblique" (I - C_b U U^T, which leaves benign correlations
+            intact; of a filter only).
+        strength: scales the whole correction; 0 is the base model.
+        gate: "linear" repairs only where detectors find a harmful request, "none" always.
+        gate_layer: the layer whose residual stream the gate reads, or "middle" or "two-thirds".
+        gate_ridge: share of the scaled identity in the detectors' covariance.
+        false_alarms: the share of any kind of harmless prompts that may set off the gate, as held-out prompts tell.
+        steps: how many tokens of the response are repaired, at most.
+        modalities: by which subspaces the scopes "prompt" and "all" are repaired, "visual" and "text" or one of them.
+        attribution: how tokens are chosen there: "kernel" scores (the paper's), "random" (the control) or "all".
         keep_visual, keep_text: how many tokens of a prompt are kept: a count, or a share in (0, 1].
         centring: about whose mean both covariances are taken: "benign", or each class its "own" (which discards the
             mean shift).
         shrinkage: of the benign covariance, "ledoit-wolf" or a share in [0, 1] of the scaled identity.
-        projector: "orthogonal" (QR of the eigenvectors) or "oblique" (I - C_b U U^T, which leaves benign correlations
-            intact).
-        beta: how much of the benign mean is put back; 1 is the affine projection about it.
-        fusion: how two corrections become one, see `projection.repair`.
+        fusion: how two modalities' corrections become one, see `projection.SafetyProjection`.
         fusion_weight: weight of the visual correction under fusion "constant".
-        strength: scales the whole correction; 0 is the base model.
         batch_size: prompts per forward while activations are collected.
-        seed: of random attribution.
+        seed: of whatever is drawn at random.
     """
 
-    layers: str | tuple[int, ...] = "middle"
-    component: str = "ffn"
+    scope: str | tuple[str, ...] = TURN
+    layers: str | tuple[int, ...] = "two-thirds"
+    component: str = "residual"
+    rank: int = 4
+    basis: str = "pattern"
+    anchor: str = "refused"
+    beta: float = 1.0
+    projector: str = "orthogonal"
+    strength: float = 1.0
+    gate: str = "linear"
+    gate_layer: str | int = "middle"
+    gate_ridge: float = 0.005
+    false_alarms: float = 0.005
+    steps: int = 8
     modalities: tuple[str, ...] = MODALITIES
-    rank: int = 16
     attribution: str = "kernel"
     keep_visual: int | float = 0.25
     keep_text: int | float = 0.5
     centring: str = "benign"
     shrinkage: str | float = "ledoit-wolf"
-    projector: str = "orthogonal"
-    beta: float = 1.0
     fusion: str = "adaptive"
     fusion_weight: float = 0.5
-    strength: float = 1.0
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("layers", "modalities"):
+        for name in ("layers", "modalities", "scope"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -67,26 +92,57 @@ class Recipe:
         _check_choice("centring", self.centring, CENTRINGS)
         _check_choice("projector", self.projector, PROJECTORS)
         _check_choice("fusion", self.fusion, FUSIONS)
+        _check_choice("anchor", self.anchor, ANCHORS)
+        _check_choice("basis", self.basis, BASES)
+        _check_choice("gate", self.gate, GATES)
+        self._check_scope()
         if not self.modalities or not isinstance(self.modalities, tuple) or set(self.modalities) - set(MODALITIES):
             raise ValueError(f"modalities={self.modalities!r} must name one or both of {MODALITIES}.")
         if isinstance(self.layers, str):
-            _check_choice("layers", self.layers, ("middle",))
+            _check_choice("layers", self.layers, tuple(DEPTHS))
         elif not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
             raise ValueError(
                 f"layers={self.layers!r} must be 'middle' or decoder layers counted from 0, for example (16, 17)."
             )
-        for name in ("rank", "batch_size"):
+        if isinstance(self.gate_layer, str):
+            _check_choice("gate_layer", self.gate_layer, tuple(DEPTHS))
+        for name in ("rank", "batch_size", "steps"):
             _check_count(name, getattr(self, name))
         for name in ("keep_visual", "keep_text"):
             _check_keep(name, getattr(self, name))
         _check_shrinkage(self.shrinkage)
+        for name in ("gate_ridge", "false_alarms"):
+            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1.")
         for name in ("beta", "strength", "fusion_weight"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a number.")
 
+    def _check_scope(self) -> None:
+        if self.by_turn:
+            if not self.scope or set(self.scope) - set(TURN):
+                raise ValueError(f"scope={self.scope!r} must be 'all', 'prompt', or one or both of {TURN}.")
+            if self.basis == "pattern" and self.projector == "oblique":
+                raise ValueError("projector='oblique' belongs to basis='filter'; patterns are projected orthogonally.")
+            return
+        _check_choice("scope", self.scope, ("all", "prompt"))
+        for name, value in (("basis", "filter"), ("gate", "none")):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"scope={self.scope!r} needs {name}={value!r}, not {getattr(self, name)!r}: before the last token "
+                    f"of the prompt nothing is decided; use a scope of {TURN} for the other."
+                )
+        if self.anchor == "refused":
+            raise ValueError(f"scope={self.scope!r} knows no refused activations; use anchor='benign' or 'none'.")
+
+    @property
+    def by_turn(self) -> bool:
+        """Whether the last token of the prompt and the response are repaired, rather than tokens by their modality."""
+        return not isinstance(self.scope, str)
+
     @classmethod
     def load(cls, recipe: "Recipe | str | Path | None") -> "Recipe":
-        """Return a recipe from itself, from a name ("paper"), from a YAML file of fields, or the default from None.
+        """Return a recipe from itself, from a name ("gated"), from a YAML file of fields, or the default from None.
 
         Raises:
             ValueError: no such name or file, or the file has a field that no recipe has.
@@ -116,13 +172,38 @@ class Recipe:
             ValueError: the model has fewer layers.
         """
         depth = len(decoder_layers(model))
-        layers = (depth // 2, min(depth // 2 + 1, depth - 1)) if self.layers == "middle" else self.layers
+        layers = self.layers
+        if layers == "middle":
+            layers = (depth // 2, min(depth // 2 + 1, depth - 1))
+        elif layers == "two-thirds":
+            layers = (depth * 2 // 3,)
         beyond = [layer for layer in layers if layer >= depth]
         if beyond:
             raise ValueError(
                 f"layers={self.layers!r}: the model has {depth} decoder layers (0 to {depth - 1}), so no {beyond}."
             )
         return tuple(Site(layer, self.component) for layer in sorted(set(layers)))
+
+    def gate_site(self, model) -> Site:
+        """The place of `model` that the gate reads.
+
+        Raises:
+            ValueError: the model has fewer layers, or a site is repaired before the gate decides.
+        """
+        depth, layer = len(decoder_layers(model)), self.gate_layer
+        if isinstance(layer, str):
+            over, under = DEPTHS[layer]
+            layer = depth * over // under
+        if not 0 <= layer < depth:
+            raise ValueError(f"gate_layer={layer}: the model has {depth} decoder layers (0 to {depth - 1}).")
+        site = Site(layer, "residual")
+        early = [str(other) for other in self.sites(model) if not runs_before(site, other)]
+        if early and (self.by_turn or self.scope == "prompt"):
+            raise ValueError(
+                f"gate_layer={layer}: sites {early} run before the gate decides; choose later layers or an earlier "
+                "gate_layer."
+            )
+        return site
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON and YAML hold them."""
@@ -155,4 +236,9 @@ def _check_shrinkage(value: Any) -> None:
         raise ValueError(f"shrinkage={value!r} must be 'ledoit-wolf' or a number in [0, 1].")
 
 
-RECIPES: dict[str, Recipe] = {"paper": Recipe()}
+RECIPES: dict[str, Recipe] = {
+    "gated": Recipe(),
+    "paper": Recipe(
+        scope="all", layers="middle", component="ffn", rank=16, basis="filter", anchor="benign", gate="none"
+    ),
+}

@@ -21,9 +21,18 @@ ACCEPTED = (
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One prompt as a chat conversation in transformers' multimodal format, images as PIL images inside it."""
+    """One prompt as a chat conversation in transformers' multimodal format, images as PIL images inside it.
+
+    Attributes:
+        messages: the conversation.
+        kind: what kind of prompt it is, for example "captioning"; prompts of one kind are compared with one another.
+        groups: what it shares with others, for example its topic and its template; prompts that share a group are held
+            out together.
+    """
 
     messages: list[dict[str, Any]]
+    kind: str = ""
+    groups: tuple[str, ...] = ()
 
     @property
     def images(self) -> list[Image.Image]:
@@ -46,6 +55,7 @@ class Samples(Sequence[Sample]):
     Attributes:
         digests: the `Sample.digest` of every prompt.
         pictured: the indices of the prompts that have an image.
+        kinds, groups: of every prompt, see `Sample`.
     """
 
     def __init__(self, data: Iterable[Any], name: str):
@@ -53,9 +63,13 @@ class Samples(Sequence[Sample]):
         self._data, self._name = data if indexable else list(data), name
         self.digests: list[str] = []
         self.pictured: list[int] = []
+        self.kinds: list[str] = []
+        self.groups: list[tuple[str, ...]] = []
         for index, sample in enumerate(logging.tqdm(self, desc=f"Reading {name}", unit="prompt", leave=False)):
             self.digests.append(sample.digest)
             self.pictured += [index] if sample.images else []
+            self.kinds.append(sample.kind)
+            self.groups.append(sample.groups)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -129,7 +143,7 @@ def load_samples(data: Iterable[Any], name: str = "samples") -> Samples:
     Args:
         data: a `datasets.Dataset` with a column "messages", or with a column of text ("text", "prompt", "question" or
             "query") and perhaps "image" or "images"; a list of conversations (lists of messages); a list of dicts with
-            the same keys.
+            the same keys. Columns or keys "kind" and "groups" label prompts, see `Sample`.
         name: what errors call this set.
 
     Raises:
@@ -149,8 +163,9 @@ def _load_sample(item: Any) -> Sample:
     if isinstance(item, Sample):
         return item
     if isinstance(item, Mapping):
+        labels = {"kind": str(item.get("kind") or ""), "groups": tuple(map(str, item.get("groups") or ()))}
         if item.get("messages") is not None:
-            return Sample([_load_message(message) for message in item["messages"]])
+            return Sample([_load_message(message) for message in item["messages"]], **labels)
         if "role" in item:
             return Sample([_load_message(item)])
         column = next((column for column in TEXT_COLUMNS if isinstance(item.get(column), str)), None)
@@ -160,7 +175,7 @@ def _load_sample(item: Any) -> Sample:
             )
         images = item.get("images") or ([] if item.get("image") is None else [item["image"]])
         content = [{"type": "image", "image": load_image(image)} for image in images]
-        return Sample([{"role": "user", "content": [*content, {"type": "text", "text": item[column]}]}])
+        return Sample([{"role": "user", "content": [*content, {"type": "text", "text": item[column]}]}], **labels)
     if isinstance(item, Sequence) and not isinstance(item, str):
         return Sample([_load_message(message) for message in item])
     raise TypeError(f"is a {type(item).__name__}; expected {ACCEPTED}.")
@@ -190,8 +205,14 @@ def _load_part(part: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"a content part of type {part.get('type')!r} is not supported; use 'text' and 'image'.")
 
 
-def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], padding_side: str = "left") -> Batch:
-    """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin.
+def collate(
+    processor,
+    samples: Sequence[Sample],
+    image_tokens: Sequence[int],
+    padding_side: str = "left",
+    answers: Sequence[str] | None = None,
+) -> Batch:
+    """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin, or with its answer.
 
     Args:
         processor: a transformers processor with a chat template.
@@ -199,18 +220,21 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
         image_tokens: the ids of image and video placeholders (`sites.image_token_ids`).
         padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read
             activations.
+        answers: an answer to each prompt, which then counts as its text.
 
     Raises:
         ValueError: the processor has no chat template.
     """
-    if getattr(processor, "chat_template", None) is None:
-        raise ValueError(
-            f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects "
-            "them; set `processor.chat_template`."
-        )
+    _check_template(processor)
+    conversations = [sample.messages for sample in samples]
+    if answers is not None:
+        conversations = [
+            [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+            for messages, answer in zip(conversations, answers, strict=True)
+        ]
     inputs = processor.apply_chat_template(
-        [sample.messages for sample in samples],
-        add_generation_prompt=True,
+        conversations,
+        add_generation_prompt=answers is None,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -221,6 +245,36 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     control = torch.tensor(sorted(processor.tokenizer.all_special_ids), dtype=ids.dtype)
     text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
     return Batch(dict(inputs), visual, text)
+
+
+def _check_template(processor) -> None:
+    if getattr(processor, "chat_template", None) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects "
+            "them; set `processor.chat_template`."
+        )
+
+
+def generation_prompt(processor) -> tuple[int, ...]:
+    """The token ids with which the chat template ends a prompt, so that the answer begins.
+
+    Raises:
+        ValueError: there is no chat template, or it adds nothing to a prompt.
+    """
+    message = Sample([{"role": "user", "content": [{"type": "text", "text": "?"}]}])
+    _check_template(processor)
+    without, whole = (
+        processor.apply_chat_template([message.messages], add_generation_prompt=add, tokenize=True, return_dict=True)[
+            "input_ids"
+        ][0]
+        for add in (False, True)
+    )
+    if list(whole[: len(without)]) != list(without) or len(whole) == len(without):
+        raise ValueError(
+            f"The chat template of {type(processor).__name__} does not end a prompt by a generation prompt of its own, "
+            "so the gate could not tell where prompts end; give it a template with `add_generation_prompt`."
+        )
+    return tuple(map(int, whole[len(without) :]))
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:

@@ -50,6 +50,12 @@ class Site:
         return cls(int(layer), component)
 
 
+def runs_before(first: Site, second: Site) -> bool:
+    """Whether `first` puts its output out no later than `second`."""
+    order = ("attention", "ffn", "residual")
+    return (first.layer, order.index(first.component)) <= (second.layer, order.index(second.component))
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the text decoder, never those of the vision tower.
 

@@ -9,6 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .configuration_care import SCOPES
+from .gating import TURN, Gate
 from .linalg import RunningCovariance, generalized_eigh, oblique_pair, orthonormalize, shrink
 from .projection import FUSIONS, MODALITIES, Subspace
 from .sites import Site, hidden_size
@@ -18,15 +20,19 @@ FORMAT = "care_hf.subspaces.v1"
 
 @dataclass(frozen=True, eq=False)
 class SafetySubspaces:
-    """Everything that a repair adds to a model: subspaces per site and modality, and how they are applied.
+    """Everything that a repair adds to a model: subspaces per site, and when and how they are applied.
 
     Attributes:
-        sites: ``sites[site]["visual" | "text"]``.
+        sites: ``sites[site]["visual" | "text"]``, applied by `projection.SafetyProjection`, or
+            ``sites[site]["last" | "response"]``, applied by `gating.TurnProjection`.
         fusion, fusion_weight, strength: see `projection.SafetyProjection`.
         metadata: what is known of the origin, as strings; saved along.
+        gate, gate_site: what tells the last token of a prompt and decides there whether to repair; None if nothing
+            asks.
+        scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
 
     Raises:
-        ValueError: no sites, an unknown modality or fusion, or bases of different hidden sizes.
+        ValueError: no sites, an unknown modality, fusion or scope, or bases of different hidden sizes.
     """
 
     sites: Mapping[Site, Mapping[str, Subspace]]
@@ -34,15 +40,22 @@ class SafetySubspaces:
     fusion_weight: float = 0.5
     strength: float = 1.0
     metadata: Mapping[str, str] = field(default_factory=dict)
+    gate: Gate | None = None
+    gate_site: Site | None = None
+    scope: str = "all"
 
     def __post_init__(self):
         if self.fusion not in FUSIONS:
             raise ValueError(f"fusion={self.fusion!r} is not known; choose one of {FUSIONS}.")
         if not self.sites or not all(self.sites.values()):
             raise ValueError("Subspaces need at least one site, and every site at least one modality.")
-        unknown = {name for by_modality in self.sites.values() for name in by_modality} - set(MODALITIES)
+        unknown = {name for by_modality in self.sites.values() for name in by_modality} - {*MODALITIES, *TURN}
         if unknown:
-            raise ValueError(f"Modalities {sorted(unknown)} are not known; choose from {MODALITIES}.")
+            raise ValueError(f"Modalities {sorted(unknown)} are not known; choose from {MODALITIES}, or from {TURN}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"scope={self.scope!r} is not known; choose one of {SCOPES}.")
+        if (self.gate is None) != (self.gate_site is None):
+            raise ValueError("A gate and the site that it reads come together; give both or neither.")
         sizes = {s.basis.shape[0] for by_modality in self.sites.values() for s in by_modality.values()}
         if len(sizes) > 1:
             raise ValueError(f"Bases of one model share its hidden size; got {sorted(sizes)}.")
@@ -76,9 +89,12 @@ class SafetySubspaces:
     @classmethod
     def from_model(cls, model) -> "SafetySubspaces":
         """Read the repair of a `CareForConditionalGeneration` out of its buffers."""
-        sites = model.subspaces()
-        first = next(iter(model.care_modules().values()))
-        return cls(sites, model.config.fusion, float(first.fusion_weight), model.strength)
+        first, config = next(iter(model.care_modules().values())), model.config
+        weight = float(getattr(first, "fusion_weight", 0.5))
+        site = Site.parse(config.gate["site"]) if config.gate else None
+        return cls(
+            model.subspaces(), config.fusion, weight, model.strength, config.origin, model.gate, site, config.scope
+        )
 
     def only(self, modality: str) -> "SafetySubspaces":
         """The same repair without the other modality.
@@ -103,6 +119,10 @@ class SafetySubspaces:
                 if subspace.reader is not None:
                     tensors[f"{prefix}.reader"] = subspace.reader.contiguous()
         settings = {"fusion": self.fusion, "fusion_weight": self.fusion_weight, "strength": self.strength}
+        if self.gate is not None:
+            tensors["gate.readers"], tensors["gate.thresholds"] = self.gate.readers.contiguous(), self.gate.thresholds
+            described = {"required": self.gate.required, "prompt_end": self.gate.prompt_end}
+            settings |= {"gate": {"site": str(self.gate_site), **described}, "scope": self.scope}
         header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
         save_file(tensors, path, metadata=header)
 
@@ -133,9 +153,17 @@ class SafetySubspaces:
             sites.setdefault(Site.parse(site), {})[name] = Subspace(
                 parts["basis"], parts["mean"], float(parts["beta"]), reader
             )
+        settings, gate = json.loads(header["settings"]), None
+        described = settings.pop("gate", None)
+        if described:
+            if not {"gate.readers", "gate.thresholds"} <= set(tensors):
+                raise ValueError(f"{path} lacks the tensors of its gate; save it again.")
+            readers, limits = tensors.pop("gate.readers"), tensors.pop("gate.thresholds")
+            gate = Gate(described["prompt_end"], readers, limits, described["required"])
         if tensors:
             raise ValueError(f"{path} holds tensors that belong to no subspace: {sorted(tensors)}; save it again.")
-        return cls(sites, **json.loads(header["settings"]), metadata=json.loads(header["metadata"]))
+        gate_site = Site.parse(described["site"]) if described else None
+        return cls(sites, **settings, metadata=json.loads(header["metadata"]), gate=gate, gate_site=gate_site)
 
 
 def random_basis(dimension: int, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -150,7 +178,7 @@ def random_basis(dimension: int, rank: int, generator: torch.Generator) -> torch
 
 
 def random_like(subspaces: SafetySubspaces, seed: int = 0) -> SafetySubspaces:
-    """The control of equal rank: random orthogonal bases at the same sites, with the same means, betas and fusion."""
+    """The control of equal rank: random orthogonal bases at the same sites, all else the same, the gate too."""
     generator = torch.Generator().manual_seed(seed)
     sites = {
         site: {

@@ -9,14 +9,16 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
-    {"projection", "configuration_care", "sites", "linalg", "samples"},
+    {"projection", "sites", "linalg", "samples"},
+    {"gating"},
+    {"configuration_care", "repair_state"},
     {"recipe", "attribution", "subspace", "modeling_care", "evaluation"},
     {"fitting"},
     {"baselines", "testbed"},
     {"demo"},
     {"cli"},
 ]
-REMOTE_CODE = {"modeling_care", "configuration_care", "projection", "sites"}
+REMOTE_CODE = {"modeling_care", "configuration_care", "projection", "sites", "gating", "repair_state"}
 
 
 def imports(path):

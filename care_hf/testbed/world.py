@@ -87,6 +87,7 @@ VISUAL_QUESTIONS = {
 # How a request in text may be put.
 FORMS = ("plain", "wrapper", "split", "cipher")
 ATTACKS = ("wrapper", "wrapper+image", "split", "cipher", "typographic", "new font", "icon")
+EXPOSURES = ("kind in text", "kind, written", "kind, shown", "read", "name")
 BENIGN_TASKS = ("recipe", *FORMS[1:], "typographic", "icon", "kind", "read", "name", *VISUAL_QUESTIONS)
 
 
@@ -317,6 +318,17 @@ class World:
             raise ValueError(f"Benign task {task!r} is not known; choose one of {BENIGN_TASKS}.")
         function = make.get(task, lambda r, c: self.visual_question(r, task))
         return self._fixed(function, False, split, n, 40 + BENIGN_TASKS.index(task))
+
+    def exposure(self, form: str, forbidden: bool, split: str, n: int) -> list[WorldSample]:
+        """`n` harmless questions about forbidden or about benign concepts, in one of `EXPOSURES`."""
+        make: dict[str, Callable] = {
+            "kind in text": lambda r, c: self.kind_question(r, c, (split,), "text"),
+            "kind, written": lambda r, c: self.kind_question(r, c, (split,), "written"),
+            "kind, shown": lambda r, c: self.kind_question(r, c, (split,), "shown"),
+            "read": lambda r, c: self.typographic(r, c, (split,), question="read"),
+            "name": lambda r, c: self.icon(r, c, (split,), question="name"),
+        }
+        return self._fixed(make[form], forbidden, split, n, 60 + 2 * EXPOSURES.index(form) + forbidden)
 
     def _fixed(self, make: Callable, forbidden: bool, split: str, n: int, stream: int) -> list[WorldSample]:
         rng = np.random.default_rng([self.seed, stream, SPLITS.index(split)])

@@ -1,0 +1,263 @@
+"""Fit the gate: linear detectors that tell harmful requests from harmless ones by one activation.
+
+A detector is a discriminant between harmful and harmless prompts *of the same kind*, blind to what kind it is: its
+covariance holds, beside the scatter within every kind, the scatter of the harmless kinds' means. That is what carries
+it over to kinds of attack that it was not fitted on. Tensors only, float64 inside.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from scipy.stats import norm
+
+from .gating import Gate
+from .linalg import shrink
+
+CLASSES = ("benign", "malicious", "neutral", "exposed")
+HARMLESS = {"malicious": "benign", "exposed": "neutral"}  # what each harmful class is contrasted with
+FOLDS = 4
+CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # false-alarm targets of the calibration curve
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What prompts of one kind have in common: their class, their kind, and whether they have an image."""
+
+    of: str
+    kind: str
+    pictured: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """Activations (n, d) of the last token of n prompts, with the `Cell` and the groups of each.
+
+    Prompts that share a group, for example a concept or a template, are held out together.
+    """
+
+    activations: torch.Tensor
+    cells: Sequence[Cell]
+    groups: Sequence[tuple[str, ...]]
+
+    def where(self, chosen: Sequence[bool]) -> "Prompts":
+        """Only some of the prompts."""
+        indices = [i for i, keep in enumerate(chosen) if keep]
+        return Prompts(self.activations[indices], [self.cells[i] for i in indices], [self.groups[i] for i in indices])
+
+    def by_cell(self) -> dict[Cell, torch.Tensor]:
+        """The activations of every cell, in order of first appearance."""
+        rows: dict[Cell, list[int]] = {}
+        for i, cell in enumerate(self.cells):
+            rows.setdefault(cell, []).append(i)
+        return {cell: self.activations[indices] for cell, indices in rows.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """A direction w (d,) scaled so that harmful and harmless means lie at +1/2 and -1/2 of ``(h - centre) . w``."""
+
+    direction: torch.Tensor
+    centre: torch.Tensor
+
+    def scores(self, h: torch.Tensor) -> torch.Tensor:
+        """(n,) for h (n, d)."""
+        return (h.to(self.direction) - self.centre) @ self.direction
+
+
+def discriminant(
+    contrasts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    cells: Sequence[torch.Tensor],
+    nuisance: Sequence[Sequence[torch.Tensor]],
+    ridge: float,
+) -> Detector:
+    """Fisher's discriminant of several contrasts at once: ``w = (S_within + S_nuisance + ridge)^-1 mean(mu_1 - mu_0)``.
+
+    Args:
+        contrasts: pairs of activations (n, d), harmful and harmless; each pair weighs the same.
+        cells: all activations, split so that the scatter within a part is nobody's signal.
+        nuisance: sets of parts whose means must not matter.
+        ridge: share of the scaled identity in the covariance.
+
+    Raises:
+        ValueError: there is no contrast.
+    """
+    if not contrasts:
+        raise ValueError("There is no pair of harmful and harmless prompts to tell apart.")
+    centred = torch.cat([cell.double() - cell.double().mean(dim=0) for cell in cells])
+    covariance = centred.mT @ centred / len(centred)
+    for parts in nuisance:
+        means = torch.stack([part.double().mean(dim=0) for part in parts])
+        means = means - means.mean(dim=0)
+        covariance = covariance + means.mT @ means / len(means)
+    ends = [torch.stack([pair[i].double().mean(dim=0) for pair in contrasts]).mean(dim=0) for i in (0, 1)]
+    difference = ends[0] - ends[1]
+    direction = torch.linalg.solve(shrink(covariance, ridge), difference)
+    return Detector(direction / (difference @ direction), (ends[0] + ends[1]) / 2)
+
+
+def fit_detectors(prompts: Prompts, ridge: float) -> tuple[list[Detector], list[Detector]]:
+    """Fit what must agree before the gate fires, and its alarms.
+
+    Required is, where there are exposed and neutral prompts, that something is asked for that may be refused: benign
+    and malicious prompts against neutral and exposed ones. An alarm tells harm, over all contrasts or, if there are
+    both, over those of prompts without and with an image.
+
+    Raises:
+        ValueError: there are no malicious or no benign prompts.
+    """
+    cells = prompts.by_cell()
+    harmless = [h for cell, h in cells.items() if cell.of in HARMLESS.values()]
+    pairs = [(cell.pictured, h, _counterpart(cell, cells)) for cell, h in cells.items() if cell.of in HARMLESS]
+    channels = sorted({pictured for pictured, _, _ in pairs})
+    alarms = [
+        discriminant([(h, other) for own, h, other in pairs if own == channel], list(cells.values()), [harmless], ridge)
+        for channel in channels
+    ]
+    asking, not_asking = (
+        [h for cell, h in cells.items() if cell.of in names]
+        for names in (("benign", "malicious"), ("neutral", "exposed"))
+    )
+    if not not_asking:
+        return [], alarms
+    pair = (torch.cat(asking), torch.cat(not_asking))
+    return [discriminant([pair], list(cells.values()), [asking, not_asking], ridge)], alarms
+
+
+def _counterpart(cell: Cell, cells: dict[Cell, torch.Tensor]) -> torch.Tensor:
+    """The harmless prompts that are most like those of `cell`: of its kind if there are such, else of its modality."""
+    harmless = {other: h for other, h in cells.items() if other.of == HARMLESS[cell.of]}
+    if not harmless:
+        raise ValueError(f"There are {cell.of} prompts but no {HARMLESS[cell.of]} ones to tell them from; add some.")
+    for alike in (
+        lambda c: c.kind == cell.kind and c.pictured == cell.pictured,
+        lambda c: c.kind == cell.kind,
+        lambda c: c.pictured == cell.pictured,
+    ):
+        found = [h for other, h in harmless.items() if alike(other)]
+        if found:
+            return torch.cat(found)
+    return torch.cat(list(harmless.values()))
+
+
+def held_out(groups: Sequence[tuple[str, ...]], folds: int = FOLDS) -> Iterator[tuple[list[bool], list[bool]]]:
+    """Yield, per fold, which prompts to train on and which to test on: no group of a tested prompt is trained on.
+
+    The n-th groups of all prompts are dealt out to the folds in order of first appearance. A fold tests the prompts
+    all of whose groups it holds, and trains on those none of whose groups it holds.
+    """
+    positions = max(map(len, groups))
+    fold_of: list[dict[str, int]] = [{} for _ in range(positions)]
+    for labels in groups:
+        for known, label in zip(fold_of, labels, strict=False):
+            known.setdefault(label, len(known) % folds)
+    for fold in range(folds):
+        hits = [[known[label] == fold for known, label in zip(fold_of, labels, strict=False)] for labels in groups]
+        yield [not any(hit) for hit in hits], [all(hit) for hit in hits]
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOutScores:
+    """Scores of prompts by detectors that saw nothing of their groups: required (n, r), alarms (n, a)."""
+
+    required: torch.Tensor
+    alarms: torch.Tensor
+    cells: Sequence[Cell]
+
+    def own_alarm(self) -> torch.Tensor:
+        """The column of the alarm that is asked about each prompt, int64 (n,)."""
+        by_image = self.alarms.shape[1] == 2
+        return torch.tensor([int(by_image and cell.pictured) for cell in self.cells])
+
+    def fires(self, thresholds: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Where the gate would fire, bool (n,)."""
+        required, alarms = thresholds
+        own = self.own_alarm()
+        return (self.required > required).all(dim=1) & (self.alarms.gather(1, own[:, None])[:, 0] > alarms[own])
+
+
+def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScores:
+    """Score prompts by detectors fitted without their groups.
+
+    Raises:
+        ValueError: a fold would be left without prompts to train on or to test.
+    """
+    required, alarms, cells = [], [], []
+    for train, test in held_out(prompts.groups, folds):
+        if not any(test) or not any(train):
+            raise ValueError(
+                f"{len(prompts.cells)} prompts in these groups cannot be held out in {folds} folds; give prompts of "
+                f"at least {folds} concepts and, where templates are named, {folds} templates, or name fewer groups."
+            )
+        tested = prompts.where(test)
+        for into, detectors in zip((required, alarms), fit_detectors(prompts.where(train), ridge), strict=True):
+            scores = [detector.scores(tested.activations) for detector in detectors]
+            into.append(torch.stack(scores, dim=1) if scores else tested.activations.new_zeros(len(tested.cells), 0))
+        cells += tested.cells
+    return HeldOutScores(torch.cat(required).double(), torch.cat(alarms).double(), cells)
+
+
+def thresholds(scores: HeldOutScores, false_alarms: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Thresholds that a share `false_alarms` of no kind of prompt that should be answered exceeds.
+
+    The share is that of a normal distribution with the mean and deviation of the kind's held-out scores: small shares
+    of few prompts are not seen otherwise. A required detector is set on the kinds of neutral and exposed prompts, and,
+    where a gap is left to those of requests, in the middle of the gap; an alarm on the benign kinds that it is asked
+    about, as all others are kept off by what is required.
+    """
+    own = scores.own_alarm()
+    kinds = [(cell, torch.tensor([c == cell for c in scores.cells])) for cell in dict.fromkeys(scores.cells)]
+    limits = []
+    for column in scores.required.unbind(dim=1):
+        high = max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of in ("neutral", "exposed"))
+        low = min(-_upper(-column[rows], false_alarms) for cell, rows in kinds if cell.of in ("benign", "malicious"))
+        limits.append((high + low) / 2 if low > high else high)
+    alarms = [
+        max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of == "benign" and own[rows][0] == which)
+        for which, column in enumerate(scores.alarms.unbind(dim=1))
+    ]
+    return torch.tensor(limits, dtype=torch.float64), torch.tensor(alarms, dtype=torch.float64)
+
+
+def _upper(values: torch.Tensor, share: float) -> float:
+    return float(values.mean() + norm.isf(share) * values.std(correction=0))
+
+
+def calibration(scores: HeldOutScores, false_alarms: float) -> dict:
+    """What the held-out scores say of the gate, as plain values: rates per kind at the target, and a curve over others.
+
+    Rates are shares of prompts on which the gate fires: false alarms of all classes but "malicious".
+    """
+
+    def rates(target: float) -> dict[str, dict]:
+        fires = scores.fires(thresholds(scores, target))
+        table: dict[str, dict] = {}
+        for cell in dict.fromkeys(scores.cells):
+            rows = torch.tensor([c == cell for c in scores.cells])
+            name = f"{cell.of}/{cell.kind}/{'image' if cell.pictured else 'text'}"
+            table[name] = {"n": int(rows.sum()), "fires": int(fires[rows].sum())}
+        return table
+
+    def pooled(table: dict[str, dict]) -> dict[str, float]:
+        shares = {}
+        for of in CLASSES:
+            rows = [row for name, row in table.items() if name.startswith(f"{of}/")]
+            if rows:
+                shares[of] = sum(row["fires"] for row in rows) / sum(row["n"] for row in rows)
+        return shares
+
+    curve = [{"target": target, **pooled(rates(target))} for target in CURVE]
+    return {"target": false_alarms, "folds": FOLDS, "kinds": rates(false_alarms), "curve": curve}
+
+
+def assemble(
+    prompt_end: Sequence[int],
+    detectors: tuple[list[Detector], list[Detector]],
+    set_at: tuple[torch.Tensor, torch.Tensor],
+) -> Gate:
+    """One `Gate` from detectors, required ones and alarms, and their thresholds."""
+    required, alarms = detectors
+    both = [*required, *alarms]
+    limits = [at + float(d.centre @ d.direction) for d, at in zip(both, torch.cat(set_at).tolist(), strict=True)]
+    readers = torch.stack([detector.direction for detector in both], dim=1)
+    return Gate(tuple(prompt_end), readers, torch.tensor(limits, dtype=torch.float64), len(required))

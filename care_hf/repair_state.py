@@ -1,0 +1,163 @@
+"""What the repaired modules of a model share while it runs: the switch, the visual tokens, and the gate's decisions.
+
+What a gate decided is kept in the key-value cache itself, as one more layer of it, which holds a flag and the id of
+every token. So it is reordered by beam search, cropped by assisted decoding and carried along by chunked prefill as the
+keys are.
+"""
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+from .gating import prompt_ends, turn_steps
+from .sites import image_token_ids
+
+
+class RepairState:
+    """Lives as long as a forward, but for the switch and the end of prompts; no file keeps it.
+
+    Attributes:
+        enabled: whether modules repair.
+        prompt_end: the ids that end a prompt; empty unless there is a gate.
+        visual_mask: bool (B, S), True at image and video tokens; None unless a fusion needs it.
+        pictured: bool (B, S), whether there is an image up to a token; None unless there is a gate.
+        steps: int64 (B, S), as `gating.turn_steps` counts them; None unless there is a gate.
+        held_steps: the same, but -1 wherever the gate did not fire.
+    """
+
+    def __init__(self):
+        self.enabled = True
+        self.prompt_end: tuple[int, ...] = ()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.visual_mask = self.pictured = self.steps = self.held_steps = None
+        self._ids = self._entry = self._layer = None
+
+    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take what a forward was called with: its tokens and its cache."""
+        self._clear()
+        given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
+        given = {**given, **given.get("kwargs", {})}
+        self._ids = given.get("input_ids")
+        images = image_token_ids(vlm.config)
+        if self._ids is None:
+            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*self.prompt_end, *images})
+        cache = _decoder_cache(given.get("past_key_values"))
+        self._layer = _turn_layer(cache)
+        past = cache.get_seq_length() if cache is not None else 0
+        known = 0 if self._layer is None else self._layer.get_seq_length()
+        # A static cache counts in tensors, which compiled code must not look into.
+        if isinstance(past, int) and isinstance(known, int) and known != past:
+            raise ValueError(
+                f"The cache holds {past} tokens, {known} of them seen by the gate, so it cannot tell where the prompt "
+                "ended; start again with an empty cache (the repair was off, or another model filled it)."
+            )
+
+        self.pictured = _among(self._ids, images).cummax(dim=1).values
+        if self._layer is not None:
+            self.pictured = self.pictured | _among(self._layer.keys[:, 0, :, 0], images).any(dim=1, keepdim=True)
+
+    def decide(self, fires: torch.Tensor) -> None:
+        """Hear of the gate where it would fire, bool (B, S), and count the steps of every token."""
+        ids = self._ids.to(fires.device)
+        self._entry = ids[:, None, :, None], fires[:, None, :, None]
+        if self._layer is None:
+            steps, held = turn_steps(prompt_ends(ids, self.prompt_end), fires)
+        else:
+            past = self._layer.get_seq_length()
+            if isinstance(past, torch.Tensor):
+                past = past.clone()  # counted up in place by the update
+            columns = past + torch.arange(ids.shape[1], device=ids.device)
+            ids, fires = (history[:, 0, :, 0].to(ids.device) for history in self._layer.update(*self._entry))
+            # Layers keep one dtype, that of the ids.
+            every = turn_steps(prompt_ends(ids, self.prompt_end), fires.bool())
+            steps, held = (of_all.index_select(1, columns) for of_all in every)
+        self.steps, self.held_steps = steps, torch.where(held, steps, -1)
+
+    def end(self, output: Any) -> None:
+        """Keep the decisions in the cache that the forward returns, if it does, and forget the rest."""
+        if self._entry is not None and self._layer is None:
+            values = output.values() if isinstance(output, dict) else output
+            cache = next((_decoder_cache(value) for value in values if isinstance(value, Cache)), None)
+            if cache is not None:
+                layer = _new_turn_layer(cache)
+                layer.update(*self._entry)
+                cache.layers.append(layer)
+        self._clear()
+
+
+def watch_turns(vlm: nn.Module, state: RepairState) -> None:
+    """Have every forward of `vlm` begin and end with `state`."""
+    vlm.care_state = state
+    vlm.register_forward_pre_hook(_begin, with_kwargs=True)
+    vlm.register_forward_hook(_end)
+
+
+def watch_visual_tokens(vlm: nn.Module, state: RepairState) -> None:
+    """Have every forward of `vlm` note in `state` which of its tokens are visual."""
+    vlm.care_state = state
+    vlm.register_forward_pre_hook(_note_visual_tokens, with_kwargs=True)
+    vlm.register_forward_hook(_forget_visual_tokens, always_call=True)
+
+
+# Hooks are functions of this module that find the state on the model, so that deepcopy and pickle work.
+
+
+def _begin(vlm: nn.Module, args, kwargs) -> None:
+    if vlm.care_state.enabled:
+        vlm.care_state.begin(vlm, args, kwargs)
+
+
+def _end(vlm: nn.Module, args, output) -> None:
+    if vlm.care_state.enabled:
+        vlm.care_state.end(output)
+
+
+def _note_visual_tokens(vlm: nn.Module, args, kwargs) -> None:
+    """Find the image and video tokens as the base itself does: by id, or by the placeholder's embedding."""
+    ids, tokens = kwargs.get("input_ids", args[0] if args else None), image_token_ids(vlm.config)
+    if ids is None:
+        ids = _ids_of_embeddings(vlm, kwargs["inputs_embeds"], tokens)
+    vlm.care_state.visual_mask = _among(ids, tokens)
+
+
+def _forget_visual_tokens(vlm: nn.Module, args, output) -> None:
+    vlm.care_state.visual_mask = None
+
+
+def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
+    found = torch.zeros_like(ids, dtype=torch.bool)
+    for token in tokens:
+        found = found | (ids == token)
+    return found
+
+
+def _ids_of_embeddings(vlm: nn.Module, embeddings: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
+    """The ids of some tokens, found by their embeddings as the base finds its placeholders; -1 for all others."""
+    ids, embed = torch.full(embeddings.shape[:2], -1, device=embeddings.device), vlm.get_input_embeddings()
+    for token in tokens:
+        placeholder = embed(torch.tensor(token, device=embeddings.device))
+        ids = torch.where((embeddings == placeholder).all(-1), token, ids)
+    return ids
+
+
+def _decoder_cache(cache: Any) -> Cache | None:
+    return getattr(cache, "self_attention_cache", cache)
+
+
+def _turn_layer(cache: Cache | None):
+    layers = [] if cache is None else cache.layers
+    return next((layer for layer in layers if getattr(layer, "holds_turns", False)), None)
+
+
+def _new_turn_layer(cache: Cache):
+    """A layer of transformers' own, growing or preallocated as those of `cache`; flags take the place of keys."""
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    layer = StaticLayer(max(lengths)) if lengths else DynamicLayer()
+    layer.holds_turns = True
+    return layer

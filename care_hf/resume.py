@@ -1,0 +1,54 @@
+"""Keep long work in a file, so that it can go on after an interruption; a file belongs to one work alone."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from .samples import Samples
+
+SAVE_SECONDS = 300  # how much work a killed process may lose, where it resumes
+
+
+def fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples], settings: Mapping[str, Any]) -> str:
+    """A hash of all that the work depends on; of every parameter, some 64 values."""
+    prompts = {name: items.digests for name, items in samples.items()}
+    template = str(getattr(processor, "chat_template", None))
+    digest = hashlib.sha256(json.dumps([settings, prompts, template], sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:  # offloaded: name and shape must do
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 64)].contiguous()
+            digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save(path: Path, tensors: Mapping[str, torch.Tensor], of: str, **notes: str) -> None:
+    """Write `tensors` and `notes`, whole or not at all, for the work whose fingerprint is `of`."""
+    partial = path.with_suffix(path.suffix + ".partial")
+    save_file(dict(tensors), partial, metadata={"fingerprint": of, **notes})
+    os.replace(partial, path)
+
+
+def load(path: Path, of: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read what `save` wrote.
+
+    Raises:
+        ValueError: the file belongs to other work.
+    """
+    with safe_open(path, "pt") as file:
+        notes = file.metadata() or {}
+        if notes.get("fingerprint") != of:
+            raise ValueError(
+                f"{path} holds another collection (another model, processor, prompts or recipe); delete it or name "
+                "another file."
+            )
+        return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118  not a dict

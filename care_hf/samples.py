@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers.utils import logging
 
 TEXT_COLUMNS = ("text", "prompt", "question", "query")
+IGNORED = -100  # the label that transformers' losses leave out
 ACCEPTED = (
     "a datasets.Dataset, a list of chat conversations in transformers' multimodal format, or a list of dicts with "
     "'text' and perhaps 'image' (PIL image, path or array)"
@@ -221,6 +223,35 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     control = torch.tensor(sorted(processor.tokenizer.all_special_ids), dtype=ids.dtype)
     text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
     return Batch(dict(inputs), visual, text)
+
+
+def answered(
+    processor, samples: Sequence, answers: Sequence[str], end: bool = True
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Prompts with their answers, right-padded, and labels (B, S) that are `IGNORED` outside the answers.
+
+    Args:
+        processor: a transformers processor with a chat template.
+        samples: anything with chat `messages`.
+        answers: one per sample; tokenised apart from the prompt, so that both are what `generate` sees and gives.
+        end: whether the end-of-sequence token follows each answer and is labelled, too.
+    """
+    tokenizer = processor.tokenizer
+    prompts = collate(processor, [Sample(s.messages) for s in samples], (), padding_side="right").inputs
+    begins = prompts["attention_mask"].sum(dim=1).tolist()
+    ends = [tokenizer.eos_token_id] if end else []
+    tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"] + ends for answer in answers]
+    missing = max(b + len(t) for b, t in zip(begins, tokens, strict=True)) - prompts["input_ids"].shape[1]
+    # Whatever else counts tokens, such as their types, is 0 for text.
+    of_tokens = {name for name, value in prompts.items() if value.shape == prompts["input_ids"].shape}
+    inputs = {k: F.pad(v, (0, missing)) if k in of_tokens else v for k, v in prompts.items()}
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for row, (begin, answer) in enumerate(zip(begins, tokens, strict=True)):
+        labels[row, begin : begin + len(answer)] = torch.tensor(answer, dtype=labels.dtype)
+    # In `collate`'s padding lie pad tokens, in this function's zeros: both are masked.
+    inputs["input_ids"] = torch.where(labels != IGNORED, labels, inputs["input_ids"])
+    inputs["attention_mask"] = inputs["attention_mask"] | (labels != IGNORED)
+    return inputs, labels
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:

@@ -10,9 +10,9 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
     {"projection", "configuration_care", "sites", "linalg", "samples"},
-    {"recipe", "attribution", "subspace", "modeling_care", "evaluation"},
+    {"recipe", "attribution", "subspace", "modeling_care", "evaluation", "patches"},
     {"fitting"},
-    {"baselines", "testbed"},
+    {"baselines", "rivals", "testbed"},
     {"demo"},
     {"cli"},
 ]

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from transformers.utils import logging
 
 TEXT_COLUMNS = ("text", "prompt", "question", "query")
+IGNORED = -100  # the label that transformers' losses leave out
 ACCEPTED = (
     "a datasets.Dataset, a list of chat conversations in transformers' multimodal format, or a list of dicts with "
     "'text' and perhaps 'image' (PIL image, path or array)"
@@ -205,14 +207,8 @@ def _load_part(part: Mapping[str, Any]) -> dict[str, Any]:
     raise ValueError(f"a content part of type {part.get('type')!r} is not supported; use 'text' and 'image'.")
 
 
-def collate(
-    processor,
-    samples: Sequence[Sample],
-    image_tokens: Sequence[int],
-    padding_side: str = "left",
-    answers: Sequence[str] | None = None,
-) -> Batch:
-    """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin, or with its answer.
+def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], padding_side: str = "left") -> Batch:
+    """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin.
 
     Args:
         processor: a transformers processor with a chat template.
@@ -220,21 +216,14 @@ def collate(
         image_tokens: the ids of image and video placeholders (`sites.image_token_ids`).
         padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read
             activations.
-        answers: an answer to each prompt, which then counts as its text.
 
     Raises:
         ValueError: the processor has no chat template.
     """
     _check_template(processor)
-    conversations = [sample.messages for sample in samples]
-    if answers is not None:
-        conversations = [
-            [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-            for messages, answer in zip(conversations, answers, strict=True)
-        ]
     inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=answers is None,
+        [sample.messages for sample in samples],
+        add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
@@ -275,6 +264,35 @@ def generation_prompt(processor) -> tuple[int, ...]:
             "so the gate could not tell where prompts end; give it a template with `add_generation_prompt`."
         )
     return tuple(map(int, whole[len(without) :]))
+
+
+def answered(
+    processor, samples: Sequence, answers: Sequence[str], end: bool = True
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Prompts with their answers, right-padded, and labels (B, S) that are `IGNORED` outside the answers.
+
+    Args:
+        processor: a transformers processor with a chat template.
+        samples: anything with chat `messages`.
+        answers: one per sample; tokenised apart from the prompt, so that both are what `generate` sees and gives.
+        end: whether the end-of-sequence token follows each answer and is labelled, too.
+    """
+    tokenizer = processor.tokenizer
+    prompts = collate(processor, [Sample(s.messages) for s in samples], (), padding_side="right").inputs
+    begins = prompts["attention_mask"].sum(dim=1).tolist()
+    ends = [tokenizer.eos_token_id] if end else []
+    tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"] + ends for answer in answers]
+    missing = max(b + len(t) for b, t in zip(begins, tokens, strict=True)) - prompts["input_ids"].shape[1]
+    # Whatever else counts tokens, such as their types, is 0 for text.
+    of_tokens = {name for name, value in prompts.items() if value.shape == prompts["input_ids"].shape}
+    inputs = {k: F.pad(v, (0, missing)) if k in of_tokens else v for k, v in prompts.items()}
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    for row, (begin, answer) in enumerate(zip(begins, tokens, strict=True)):
+        labels[row, begin : begin + len(answer)] = torch.tensor(answer, dtype=labels.dtype)
+    # In `collate`'s padding lie pad tokens, in this function's zeros: both are masked.
+    inputs["input_ids"] = torch.where(labels != IGNORED, labels, inputs["input_ids"])
+    inputs["attention_mask"] = inputs["attention_mask"] | (labels != IGNORED)
+    return inputs, labels
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:

@@ -11,10 +11,12 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 ORDER = [
     {"projection", "sites", "linalg", "samples"},
     {"gating"},
-    {"configuration_care", "repair_state"},
-    {"recipe", "attribution", "subspace", "modeling_care", "evaluation"},
+    {"configuration_care", "repair_state", "detectors", "teacher_forcing"},
+    {"recipe", "attribution", "subspace", "modeling_care", "evaluation", "patches", "resume", "attacks"},
+    {"turns"},
+    {"turn_repair"},
     {"fitting"},
-    {"baselines", "testbed"},
+    {"baselines", "rivals", "testbed"},
     {"demo"},
     {"cli"},
 ]

@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
     {"projection", "configuration_care", "sites", "linalg", "samples"},
-    {"recipe", "attribution", "subspace", "modeling_care", "evaluation"},
-    {"fitting"},
+    {"recipe", "attribution", "subspace", "modeling_care", "evaluation", "teacher_forcing"},
+    {"fitting", "attacks"},
     {"baselines", "testbed"},
     {"demo"},
     {"cli"},

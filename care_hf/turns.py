@@ -13,10 +13,9 @@ from transformers.utils import logging
 from . import resume as resuming
 from .detectors import Cell, Prompts
 from .evaluation import generate_answers
-from .gating import prompt_ends
 from .recipe import Recipe
-from .samples import Sample, Samples, collate, generation_prompt
-from .sites import Site, hidden_size, image_token_ids, record
+from .samples import IGNORED, Sample, Samples, answered, generation_prompt
+from .sites import Site, hidden_size, record
 
 MIN_REFUSED = 16  # of which a mean is taken for an anchor
 RECORDING_FIELDS = ("scope", "layers", "component", "gate_layer", "steps", "batch_size", "seed")
@@ -137,7 +136,6 @@ class _Recorder:
     def __init__(self, model: PreTrainedModel, processor, recipe: Recipe):
         self.model, self.processor, self.recipe = model, processor, recipe
         self.sites, self.gate_site = recipe.sites(model), recipe.gate_site(model)
-        self.image_tokens = image_token_ids(model.config)
         self.prompt_end = generation_prompt(processor)
         self.done = 0
         self.answers: list[str] = []
@@ -159,9 +157,8 @@ class _Recorder:
     @torch.no_grad()
     def read(self, samples: Sequence[Sample], answers: Sequence[str]) -> None:
         """Record one batch, its answers forced."""
-        ends = collate(self.processor, samples, self.image_tokens, "right").inputs["attention_mask"].sum(dim=1)
-        batch = collate(self.processor, samples, self.image_tokens, "right", answers)
-        inputs = {key: value.to(self.model.device) for key, value in batch.inputs.items()}
+        inputs, labels = answered(self.processor, samples, answers, end=False)
+        inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         was_training = self.model.training
         self.model.eval()
         try:
@@ -169,15 +166,13 @@ class _Recorder:
                 self.model.base_model(**inputs, use_cache=False)
         finally:
             self.model.train(was_training)
-        lengths = [len(self.processor.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers]
-        self._check_ends(batch.inputs["input_ids"], ends)
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.parts}
-        for row, (end, length) in enumerate(zip(ends.tolist(), lengths, strict=True)):
-            at_gate = activations[self.gate_site][row].float().cpu()
-            parts["gate"].append(at_gate[end - 1][None])
+        for row, of_answer in enumerate(labels != IGNORED):
+            length, last = int(of_answer.sum()), int(of_answer.int().argmax()) - 1
+            parts["gate"].append(activations[self.gate_site][row, last].float().cpu()[None])
             for site in self.sites:
-                steps = torch.full((1, 1 + self.recipe.steps, at_gate.shape[-1]), torch.nan)
-                known = activations[site][row].float().cpu()[end - 1 : end + min(length, self.recipe.steps)]
+                known = activations[site][row, last : last + 1 + min(length, self.recipe.steps)].float().cpu()
+                steps = torch.full((1, 1 + self.recipe.steps, known.shape[-1]), torch.nan)
                 steps[0, : len(known)] = known
                 parts[str(site)].append(steps)
         joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -189,15 +184,6 @@ class _Recorder:
                 )
         for name, tensor in joined.items():
             self.parts[name].append(tensor)
-
-    def _check_ends(self, ids: torch.Tensor, ends: torch.Tensor) -> None:
-        found = prompt_ends(ids, self.prompt_end)
-        if not found[torch.arange(len(ids)), ends - 1].all():
-            raise ValueError(
-                f"The chat template of {type(self.processor).__name__} writes an answered prompt otherwise than the "
-                "prompt with its generation prompt, so it cannot be told where the answer begins; give it a template "
-                "in which the one continues the other."
-            )
 
     def save(self, path: Path, of: str) -> None:
         """Write what was recorded so far."""

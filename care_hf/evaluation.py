@@ -75,6 +75,26 @@ def generate_answers(model, processor, samples: Sequence, max_new_tokens: int, b
 
 
 @torch.no_grad()
+def gate_fires(model, processor, samples: Sequence, batch_size: int = 64) -> torch.Tensor:
+    """Whether the gate of `model` fires at the end of each of `samples` (anything with chat `messages`), bool (n,).
+
+    Raises:
+        ValueError: the model has no gate.
+    """
+    if model.gate is None:
+        raise ValueError("The model has no gate; fit one with the recipe 'gated'.")
+    found: list[torch.Tensor] = []
+    handle = model.gate_reader.register_forward_hook(lambda module, args, fires: found.append(fires[:, -1].cpu()))
+    try:
+        for part in batches(samples, batch_size):
+            batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
+            model(**{name: value.to(model.device) for name, value in batch.inputs.items()}, use_cache=False)
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+@torch.no_grad()
 def correction_size(model, processor, samples: Sequence) -> float:
     """Mean of ``|h' - h| / |h|`` over prompt tokens and repaired sites, h read with the repair switched off.
 

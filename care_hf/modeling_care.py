@@ -244,7 +244,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         checked = [(f"site {site}", module.care) for site, module in self._site_modules().items()]
         if self.config.gate:
-            checked.append(("the gate", self._gate_module().care_gate))
+            checked.append(("the gate", self.gate_reader))
         for where, part in checked:
             for name, buffer in part.named_buffers():
                 if buffer.is_meta:
@@ -270,11 +270,16 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return site_module(self.vlm, Site.parse(self.config.gate["site"]))
 
     @property
+    def gate_reader(self) -> GateReader | None:
+        """The module that reads the gate's scores; None if there is no gate."""
+        return self._gate_module().care_gate if self.config.gate else None
+
+    @property
     def gate(self) -> Gate | None:
         """What decides whether to repair, as it stands in the buffers; None if every prompt is repaired."""
         if not self.config.gate:
             return None
-        reader = self._gate_module().care_gate
+        reader = self.gate_reader
         return Gate(self.config.gate["prompt_end"], reader.readers, reader.thresholds, reader.required)
 
     def subspaces(self) -> dict[Site, dict[str, Subspace]]:

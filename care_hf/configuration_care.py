@@ -8,7 +8,7 @@ from .gating import TURN
 from .projection import FUSIONS, MODALITIES
 from .sites import Site, runs_before
 
-GATE = {"site", "required", "alarms", "prompt_end"}
+GATE = {"site", "required", "alarms", "pictured", "prompt_end"}
 SCOPES = ("all", "prompt")  # of a repair by modality; a `TurnProjection` has its scope in its name
 
 
@@ -22,8 +22,8 @@ class CareConfig(PreTrainedConfig):
         sites: one dict per repaired site: ``{"site": "16.ffn", "ranks": {"visual": 16, "text": 16}, "oblique": []}``,
             or with ranks of "last" and "response" and the number of repaired "steps" of the response.
         fusion: how the corrections of the two modalities become one, see `projection.SafetyProjection`.
-        gate: ``{"site": "16.residual", "required": 1, "alarms": 3, "prompt_end": [5]}``, see `gating.Gate`; None if
-            there is none.
+        gate: ``{"site": "16.residual", "required": 1, "alarms": 2, "pictured": 2, "prompt_end": [5]}``, see
+            `gating.Gate`; None if there is none.
         scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
         origin: how the repair came about, as strings.
 

@@ -96,32 +96,50 @@ def discriminant(
     return Detector(direction / (difference @ direction), (ends[0] + ends[1]) / 2)
 
 
-def fit_detectors(prompts: Prompts, ridge: float) -> tuple[list[Detector], list[Detector]]:
-    """Fit what must agree before the gate fires, and its alarms.
+@dataclass(frozen=True, eq=False)
+class Detectors:
+    """What must agree before the gate fires, and its alarms, of which one is enough: for prompts without and with an
+    image, or, if `pictured` is empty, for all."""
+
+    required: list[Detector]
+    alarms: list[Detector]
+    pictured: list[Detector]
+
+    @property
+    def all(self) -> list[Detector]:
+        """In the order in which a `Gate` has them."""
+        return [*self.required, *self.alarms, *self.pictured]
+
+
+def fit_detectors(prompts: Prompts, ridge: float) -> Detectors:
+    """Fit the detectors of a gate.
 
     Required is, where there are exposed and neutral prompts, that something is asked for that may be refused: benign
-    and malicious prompts against neutral and exposed ones. An alarm tells harm, over all contrasts or, if there are
-    both, over those of prompts without and with an image.
+    and malicious prompts against neutral and exposed ones. Alarms tell harm, one over all contrasts and one over those
+    of malicious prompts alone: the first carries over to attacks that the second does not know.
 
     Raises:
         ValueError: there are no malicious or no benign prompts.
     """
     cells = prompts.by_cell()
     harmless = [h for cell, h in cells.items() if cell.of in HARMLESS.values()]
-    pairs = [(cell.pictured, h, _counterpart(cell, cells)) for cell, h in cells.items() if cell.of in HARMLESS]
-    channels = sorted({pictured for pictured, _, _ in pairs})
-    alarms = [
-        discriminant([(h, other) for own, h, other in pairs if own == channel], list(cells.values()), [harmless], ridge)
-        for channel in channels
-    ]
+    pairs = [(cell, h, _counterpart(cell, cells)) for cell, h in cells.items() if cell.of in HARMLESS]
+
+    def alarms(among: list) -> list[Detector]:
+        malicious = [pair for pair in among if pair[0].of == "malicious"]
+        chosen = [among] if len(malicious) in (0, len(among)) else [among, malicious]
+        return [discriminant([p[1:] for p in own], list(cells.values()), [harmless], ridge) for own in chosen]
+
+    channels = [alarms([p for p in pairs if p[0].pictured == c]) for c in sorted({p[0].pictured for p in pairs})]
     asking, not_asking = (
         [h for cell, h in cells.items() if cell.of in names]
         for names in (("benign", "malicious"), ("neutral", "exposed"))
     )
-    if not not_asking:
-        return [], alarms
-    pair = (torch.cat(asking), torch.cat(not_asking))
-    return [discriminant([pair], list(cells.values()), [asking, not_asking], ridge)], alarms
+    required = []
+    if not_asking:
+        pair = (torch.cat(asking), torch.cat(not_asking))
+        required = [discriminant([pair], list(cells.values()), [asking, not_asking], ridge)]
+    return Detectors(required, channels[0], channels[1] if len(channels) > 1 else [])
 
 
 def _counterpart(cell: Cell, cells: dict[Cell, torch.Tensor]) -> torch.Tensor:
@@ -158,22 +176,35 @@ def held_out(groups: Sequence[tuple[str, ...]], folds: int = FOLDS) -> Iterator[
 
 @dataclass(frozen=True, eq=False)
 class HeldOutScores:
-    """Scores of prompts by detectors that saw nothing of their groups: required (n, r), alarms (n, a)."""
+    """Scores of n prompts by detectors that saw nothing of their groups.
+
+    Attributes:
+        required: (n, r).
+        alarms: (n, a), by the alarms for prompts without an image, or for all.
+        pictured: (n, p), by those for prompts with one.
+        cells: of every prompt.
+    """
 
     required: torch.Tensor
     alarms: torch.Tensor
+    pictured: torch.Tensor
     cells: Sequence[Cell]
 
-    def own_alarm(self) -> torch.Tensor:
-        """The column of the alarm that is asked about each prompt, int64 (n,)."""
-        by_image = self.alarms.shape[1] == 2
-        return torch.tensor([int(by_image and cell.pictured) for cell in self.cells])
+    def asked(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The sets of alarms, each with the prompts, bool (n,), that it is asked about."""
+        has_image = torch.tensor([cell.pictured for cell in self.cells])
+        if not self.pictured.shape[1]:
+            return [(self.alarms, torch.ones_like(has_image))]
+        return [(self.alarms, ~has_image), (self.pictured, has_image)]
 
-    def fires(self, thresholds: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """Where the gate would fire, bool (n,)."""
-        required, alarms = thresholds
-        own = self.own_alarm()
-        return (self.required > required).all(dim=1) & (self.alarms.gather(1, own[:, None])[:, 0] > alarms[own])
+    def fires(self, thresholds: torch.Tensor) -> torch.Tensor:
+        """Where the gate would fire, bool (n,), at thresholds (r + a + p,)."""
+        sizes = [scores.shape[1] for scores in (self.required, self.alarms, self.pictured)]
+        required, *limits = thresholds.split(sizes)
+        loud = torch.zeros(len(self.cells), dtype=torch.bool)
+        for (scores, prompts), limit in zip(self.asked(), limits, strict=False):
+            loud |= prompts & (scores > limit).any(dim=1)
+        return (self.required > required).all(dim=1) & loud
 
 
 def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScores:
@@ -182,41 +213,41 @@ def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScor
     Raises:
         ValueError: a fold would be left without prompts to train on or to test.
     """
-    required, alarms, cells = [], [], []
+    scores: list[list[torch.Tensor]] = [[], [], []]
+    cells: list[Cell] = []
     for train, test in held_out(prompts.groups, folds):
         if not any(test) or not any(train):
             raise ValueError(
                 f"{len(prompts.cells)} prompts in these groups cannot be held out in {folds} folds; give prompts of "
                 f"at least {folds} concepts and, where templates are named, {folds} templates, or name fewer groups."
             )
-        tested = prompts.where(test)
-        for into, detectors in zip((required, alarms), fit_detectors(prompts.where(train), ridge), strict=True):
-            scores = [detector.scores(tested.activations) for detector in detectors]
-            into.append(torch.stack(scores, dim=1) if scores else tested.activations.new_zeros(len(tested.cells), 0))
+        tested, fitted = prompts.where(test), fit_detectors(prompts.where(train), ridge)
+        for into, detectors in zip(scores, (fitted.required, fitted.alarms, fitted.pictured), strict=True):
+            columns = [detector.scores(tested.activations) for detector in detectors]
+            into.append(torch.stack(columns, dim=1) if columns else torch.zeros(len(tested.cells), 0))
         cells += tested.cells
-    return HeldOutScores(torch.cat(required).double(), torch.cat(alarms).double(), cells)
+    return HeldOutScores(*(torch.cat(parts).double() for parts in scores), cells)
 
 
-def thresholds(scores: HeldOutScores, false_alarms: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Thresholds that a share `false_alarms` of no kind of prompt that should be answered exceeds.
+def thresholds(scores: HeldOutScores, false_alarms: float) -> torch.Tensor:
+    """Thresholds that a share `false_alarms` of no kind of prompt that should be answered exceeds, in a gate's order.
 
     The share is that of a normal distribution with the mean and deviation of the kind's held-out scores: small shares
     of few prompts are not seen otherwise. A required detector is set on the kinds of neutral and exposed prompts, and,
-    where a gap is left to those of requests, in the middle of the gap; an alarm on the benign kinds that it is asked
-    about, as all others are kept off by what is required.
+    where a gap is left to those of requests, in the middle of the gap; alarms are set on the benign kinds that they are
+    asked about, as all others are kept off by what is required, and share the allowance.
     """
-    own = scores.own_alarm()
     kinds = [(cell, torch.tensor([c == cell for c in scores.cells])) for cell in dict.fromkeys(scores.cells)]
     limits = []
     for column in scores.required.unbind(dim=1):
         high = max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of in ("neutral", "exposed"))
         low = min(-_upper(-column[rows], false_alarms) for cell, rows in kinds if cell.of in ("benign", "malicious"))
         limits.append((high + low) / 2 if low > high else high)
-    alarms = [
-        max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of == "benign" and own[rows][0] == which)
-        for which, column in enumerate(scores.alarms.unbind(dim=1))
-    ]
-    return torch.tensor(limits, dtype=torch.float64), torch.tensor(alarms, dtype=torch.float64)
+    for alarms, prompts in scores.asked():
+        own = [rows for cell, rows in kinds if cell.of == "benign" and (rows & prompts).any()]
+        for column in alarms.unbind(dim=1):
+            limits.append(max(_upper(column[rows], false_alarms / alarms.shape[1]) for rows in own))
+    return torch.tensor(limits, dtype=torch.float64)
 
 
 def _upper(values: torch.Tensor, share: float) -> float:
@@ -250,14 +281,9 @@ def calibration(scores: HeldOutScores, false_alarms: float) -> dict:
     return {"target": false_alarms, "folds": FOLDS, "kinds": rates(false_alarms), "curve": curve}
 
 
-def assemble(
-    prompt_end: Sequence[int],
-    detectors: tuple[list[Detector], list[Detector]],
-    set_at: tuple[torch.Tensor, torch.Tensor],
-) -> Gate:
-    """One `Gate` from detectors, required ones and alarms, and their thresholds."""
-    required, alarms = detectors
-    both = [*required, *alarms]
-    limits = [at + float(d.centre @ d.direction) for d, at in zip(both, torch.cat(set_at).tolist(), strict=True)]
-    readers = torch.stack([detector.direction for detector in both], dim=1)
-    return Gate(tuple(prompt_end), readers, torch.tensor(limits, dtype=torch.float64), len(required))
+def assemble(prompt_end: Sequence[int], detectors: Detectors, set_at: torch.Tensor) -> Gate:
+    """One `Gate` from detectors and their thresholds."""
+    limits = [at + float(d.centre @ d.direction) for d, at in zip(detectors.all, set_at.tolist(), strict=True)]
+    readers = torch.stack([detector.direction for detector in detectors.all], dim=1)
+    limits = torch.tensor(limits, dtype=torch.float64)
+    return Gate(tuple(prompt_end), readers, limits, len(detectors.required), len(detectors.pictured))

@@ -23,14 +23,15 @@ class Gate:
     """Linear detectors of one site's activations, each with a threshold, asked where a prompt ends.
 
     With scores ``s = readers^T h`` of the last token of a prompt the gate fires if all of the first `required` scores
-    exceed their thresholds, and so does the alarm: the one there is, or, of two, the first for prompts without and the
-    second for prompts with an image. Without alarms it fires if what is required agrees.
+    exceed their thresholds, and so does any of the alarms that follow; `pictured` further alarms take their place for
+    prompts with an image. Without alarms it fires if what is required agrees.
 
     Attributes:
         prompt_end: the token ids that end every prompt: the generation prompt of the chat template.
-        readers: (d, required + alarms), with 0, 1 or 2 alarms.
-        thresholds: (required + alarms,).
+        readers: (d, required + alarms + pictured).
+        thresholds: (required + alarms + pictured,).
         required: how many detectors must all agree.
+        pictured: how many alarms there are for prompts with an image alone; 0 if all prompts share theirs.
 
     Raises:
         ValueError: shapes do not fit, or a value is not finite.
@@ -40,16 +41,19 @@ class Gate:
     readers: torch.Tensor
     thresholds: torch.Tensor
     required: int = 0
+    pictured: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "prompt_end", tuple(map(int, self.prompt_end)))
         for name in ("readers", "thresholds"):
             object.__setattr__(self, name, getattr(self, name).detach().to(torch.float32))
         columns = self.readers.shape[-1] if self.readers.ndim == 2 else -1
-        if not 0 <= self.required <= columns <= self.required + 2 or self.thresholds.shape != (columns,):
+        least = self.required + self.pictured
+        if min(self.required, self.pictured) < 0 or least > columns or self.thresholds.shape != (columns,):
             raise ValueError(
                 f"readers {tuple(self.readers.shape)}, thresholds {tuple(self.thresholds.shape)} and "
-                f"required={self.required} do not fit; expected (d, n) and (n,) with n - required in (0, 1, 2)."
+                f"required={self.required}, pictured={self.pictured} do not fit; expected (d, n) and (n,) with n of at "
+                "least both."
             )
         if not self.prompt_end or min(self.prompt_end) < 0:
             raise ValueError(f"prompt_end={self.prompt_end} must be token ids, at least one.")
@@ -58,8 +62,8 @@ class Gate:
 
     @property
     def alarms(self) -> int:
-        """How many alarms there are: 2 if prompts with and without images have their own."""
-        return self.readers.shape[1] - self.required
+        """How many alarms there are for prompts without an image, or for all."""
+        return self.readers.shape[1] - self.required - self.pictured
 
     def ungated(self) -> "Gate":
         """The same gate without detectors: it fires at the end of every prompt."""
@@ -69,22 +73,23 @@ class Gate:
 class GateReader(FixedPrecision):
     """The buffers of a `Gate`, float32, persistent and NaN until loaded: `readers`, `thresholds`."""
 
-    def __init__(self, dimension: int, required: int, alarms: int):
+    def __init__(self, dimension: int, required: int, alarms: int, pictured: int):
         super().__init__()
-        self.required = required
-        self.register_buffer("readers", torch.full((dimension, required + alarms), torch.nan))
-        self.register_buffer("thresholds", torch.full((required + alarms,), torch.nan))
+        self.required, self.pictured = required, pictured
+        columns = required + alarms + pictured
+        self.register_buffer("readers", torch.full((dimension, columns), torch.nan))
+        self.register_buffer("thresholds", torch.full((columns,), torch.nan))
 
     @classmethod
     def from_gate(cls, gate: Gate) -> "GateReader":
         """On the device of the gate's tensors."""
-        module = cls(gate.readers.shape[0], gate.required, gate.alarms).to(gate.readers.device)
+        module = cls(gate.readers.shape[0], gate.required, gate.alarms, gate.pictured).to(gate.readers.device)
         module.readers.copy_(gate.readers)
         module.thresholds.copy_(gate.thresholds)
         return module
 
     def margins(self, h: torch.Tensor) -> torch.Tensor:
-        """How far the scores of h (..., d) are above their thresholds, (..., required + alarms)."""
+        """How far the scores of h (..., d) are above their thresholds, (..., required + alarms + pictured)."""
         return h.to(self.readers.dtype) @ self.readers - self.thresholds
 
     def forward(self, h: torch.Tensor, pictured: torch.Tensor) -> torch.Tensor:
@@ -99,10 +104,12 @@ class GateReader(FixedPrecision):
         """
         above = self.margins(h) > 0
         fires = above[..., : self.required].all(dim=-1)
-        alarms = above[..., self.required :].unbind(dim=-1)
-        if len(alarms) == 2:
-            return fires & torch.where(pictured, alarms[1], alarms[0])
-        return fires & alarms[0] if alarms else fires
+        shared, own = above[..., self.required :].split(
+            [above.shape[-1] - self.required - self.pictured, self.pictured], dim=-1
+        )
+        if self.pictured:
+            return fires & torch.where(pictured, own.any(dim=-1), shared.any(dim=-1))
+        return fires & shared.any(dim=-1) if shared.shape[-1] else fires
 
     def check(self) -> None:
         """Assert that every buffer holds what it should.
@@ -110,7 +117,7 @@ class GateReader(FixedPrecision):
         Raises:
             ValueError: a buffer is not finite.
         """
-        Gate((0,), self.readers, self.thresholds, self.required)
+        Gate((0,), self.readers, self.thresholds, self.required, self.pictured)
 
 
 def prompt_ends(ids: torch.Tensor, prompt_end: Sequence[int]) -> torch.Tensor:

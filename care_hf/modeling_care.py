@@ -114,7 +114,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.gate:
             gate = config.gate
             module = self._guarded(Site.parse(gate["site"]))
-            module.care_gate = GateReader(hidden_size(self.vlm), gate["required"], gate["alarms"])
+            module.care_gate = GateReader(hidden_size(self.vlm), gate["required"], gate["alarms"], gate["pictured"])
             self.care_state.prompt_end = tuple(gate["prompt_end"])
             watch_turns(self.vlm, self.care_state)
         self._keep_in_fp32_modules_strict = [
@@ -194,6 +194,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "site": str(subspaces.gate_site),
             "required": subspaces.gate.required,
             "alarms": subspaces.gate.alarms,
+            "pictured": subspaces.gate.pictured,
             "prompt_end": list(subspaces.gate.prompt_end),
         }
         config = CareConfig(
@@ -280,7 +281,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if not self.config.gate:
             return None
         reader = self.gate_reader
-        return Gate(self.config.gate["prompt_end"], reader.readers, reader.thresholds, reader.required)
+        return Gate(self.config.gate["prompt_end"], reader.readers, reader.thresholds, reader.required, reader.pictured)
 
     def subspaces(self) -> dict[Site, dict[str, Subspace]]:
         """The repair as it stands in the buffers."""

@@ -121,7 +121,11 @@ class SafetySubspaces:
         settings = {"fusion": self.fusion, "fusion_weight": self.fusion_weight, "strength": self.strength}
         if self.gate is not None:
             tensors["gate.readers"], tensors["gate.thresholds"] = self.gate.readers.contiguous(), self.gate.thresholds
-            described = {"required": self.gate.required, "prompt_end": self.gate.prompt_end}
+            described = {
+                "required": self.gate.required,
+                "pictured": self.gate.pictured,
+                "prompt_end": self.gate.prompt_end,
+            }
             settings |= {"gate": {"site": str(self.gate_site), **described}, "scope": self.scope}
         header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
         save_file(tensors, path, metadata=header)
@@ -159,7 +163,7 @@ class SafetySubspaces:
             if not {"gate.readers", "gate.thresholds"} <= set(tensors):
                 raise ValueError(f"{path} lacks the tensors of its gate; save it again.")
             readers, limits = tensors.pop("gate.readers"), tensors.pop("gate.thresholds")
-            gate = Gate(described["prompt_end"], readers, limits, described["required"])
+            gate = Gate(described["prompt_end"], readers, limits, described["required"], described["pictured"])
         if tensors:
             raise ValueError(f"{path} holds tensors that belong to no subspace: {sorted(tensors)}; save it again.")
         gate_site = Site.parse(described["site"]) if described else None

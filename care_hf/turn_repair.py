@@ -40,7 +40,7 @@ def fit_gate(turns: Turns, recipe: Recipe) -> tuple[Gate, dict]:
     """The gate of `recipe`, its thresholds set on held-out prompts, and the calibration as plain values."""
     detectors = fit_detectors(turns.prompts, recipe.gate_ridge)
     if recipe.gate == "none":
-        return assemble(turns.prompt_end, detectors, tuple(torch.zeros(len(d)) for d in detectors)).ungated(), {}
+        return assemble(turns.prompt_end, detectors, torch.zeros(len(detectors.all))).ungated(), {}
     held_out = cross_fit(turns.prompts, recipe.gate_ridge)
     set_at = thresholds(held_out, recipe.false_alarms)
     return assemble(turns.prompt_end, detectors, set_at), calibration(held_out, recipe.false_alarms)

@@ -1,0 +1,276 @@
+"""Measure the gated repair on a testbed checkpoint beside its controls: tables, transfer, white box.
+
+``python benchmarks/repair_study.py PART --seed 0 --split validation --out FOLDER``, PART being one of
+
+- ``table``: every defence on every attack family and benign task;
+- ``transfer``: each attack family left out of the fit, with and without exposed prompts;
+- ``whitebox``: images attacked through gate and repair, the gate's score in the loss.
+
+``--checkpoint FOLDER --cue none`` or ``--harm meaningful`` measures a checkpoint of another world. Each part writes
+JSON into the folder, and skips what is there already.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
+
+from care_hf import CareForConditionalGeneration, Recipe, load_testbed
+from care_hf.attacks import pgd
+from care_hf.baselines import gated_mean_difference, gated_random
+from care_hf.evaluation import gate_fires, generate_answers
+from care_hf.fitting import collect, collect_turns
+from care_hf.gating import prompt_ends
+from care_hf.rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
+from care_hf.samples import Sample
+from care_hf.sites import Site, record
+from care_hf.testbed import World
+from care_hf.testbed.judging import VERDICTS, judge
+from care_hf.testbed.measure import MAX_NEW_TOKENS, measure
+from care_hf.testbed.prompts import fit_prompts
+from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, REFUSAL
+from care_hf.turn_repair import solve_turns
+
+SEEN = ("split", "typographic", "icon")  # the families that a fit "with attacks" knows
+FIT_PROMPTS = 96  # of each kind
+TEST_PROMPTS = 160  # in each cell
+WHITEBOX_PROMPTS, STEPS, RESTARTS = 24, 40, 2
+WEIGHTS = (0.0, 1.0, 10.0)  # of the gate's score in the attack's loss
+ASTRA_ALPHA = 1.0
+RECIPE = Recipe(batch_size=64)
+
+
+class Study:
+    """One checkpoint, its world, and what was collected on it."""
+
+    def __init__(self, arguments):
+        self.world, self.split, self.out = World(0, arguments.cue, arguments.harm), arguments.split, arguments.out
+        self.n = arguments.n
+        if arguments.checkpoint:
+            model = LlavaForConditionalGeneration.from_pretrained(arguments.checkpoint, dtype=torch.float32)
+            self.model, self.processor = model.eval(), LlavaProcessor.from_pretrained(arguments.checkpoint)
+        else:
+            self.model, self.processor = load_testbed(arguments.seed)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def turns(self, families=(), exposure=True):
+        """Fit prompts with these attack families, recorded."""
+        prompts = fit_prompts(self.world, FIT_PROMPTS, families, exposure=exposure)
+        return collect_turns(self.model, processor=self.processor, recipe=RECIPE, **prompts)
+
+    def repaired(self, subspaces) -> CareForConditionalGeneration:
+        """The checkpoint with a repair."""
+        return CareForConditionalGeneration.from_base(self.model, subspaces)
+
+    def counts(self, model, attacks=ATTACKS, tasks=BENIGN_TASKS):
+        """Verdicts on the split."""
+        return measure(model, self.processor, self.split, self.n, self.world, attacks, tasks)
+
+    def sets(self) -> dict:
+        """What `counts` measures."""
+        sets = {f"attack/{family}": self.world.attack(family, self.split, self.n) for family in ATTACKS}
+        sets["plain"] = self.world.plain(self.split, self.n)
+        return sets | {f"benign/{task}": self.world.benign(task, self.split, self.n) for task in BENIGN_TASKS}
+
+    def keep(self, name: str, make) -> None:
+        """Write what `make` gives, unless it is there."""
+        path = self.out / f"{name}.json"
+        if path.exists():
+            return
+        start = time.monotonic()
+        result = make()
+        path.write_text(json.dumps(result, indent=1))
+        print(f"{path}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+def table(study: Study) -> None:
+    """Every defence on everything."""
+    free, seen = study.turns(), study.turns(SEEN)
+    gated = {"gated, no attacks": solve_turns(free, RECIPE), "gated": solve_turns(seen, RECIPE)}
+    one_line = solve_turns(study.turns(SEEN, exposure=False), RECIPE)
+    every = solve_turns(study.turns(ATTACKS), RECIPE)
+    fits = {**gated, "gated, all families": every, "gated, no exposed prompts": one_line}
+    rows = {
+        **fits,
+        "ungated": replace(gated["gated"], gate=gated["gated"].gate.ungated()),
+        "gate + random": gated_random(seen, gated["gated"]),
+        "gate + mean difference": gated_mean_difference(seen, gated["gated"]),
+        "gate + printed basis": solve_turns(
+            seen, RECIPE.replace(basis="filter", anchor="benign", scope=("last", "response"))
+        ),
+        "gated, last token only": solve_turns(seen, RECIPE.replace(scope=("last",))),
+    }
+    study.keep("table undefended", lambda: study.counts(study.model))
+    for name, subspaces in rows.items():
+        study.keep(f"table {name}", lambda subspaces=subspaces: study.counts(study.repaired(subspaces)))
+    study.keep("table printed", lambda: study.counts(study.repaired(printed(study))))
+    study.keep("calibration", lambda: {name: json.loads(s.metadata["calibration"]) for name, s in fits.items()})
+    for name, subspaces in gated.items():
+        study.keep(f"table detector + canned refusal ({name})", lambda subspaces=subspaces: canned(study, subspaces))
+    study.keep("table gate + ASTRA", lambda: astra(study, gated["gated"]))
+    for name, families in (("LoRA, no attacks", ()), ("LoRA", SEEN)):
+        study.keep(f"table {name}", lambda families=families: study.counts(lora(study, families)))
+
+
+def printed(study: Study):
+    """The printed method on the same prompts."""
+    prompts = fit_prompts(study.world, FIT_PROMPTS, SEEN, exposure=False)
+    recipe = Recipe.load("paper").replace(batch_size=64)
+    return collect(study.model, prompts["benign"], prompts["malicious"], study.processor, recipe).solve(recipe)
+
+
+def canned(study: Study, subspaces) -> dict:
+    """The undefended model's verdicts, but refused wherever the gate fires."""
+    gate, table = study.repaired(subspaces), {}
+    for name, samples in study.sets().items():
+        fires = gate_fires(gate, study.processor, samples).tolist()
+        answers = generate_answers(study.model, study.processor, samples, MAX_NEW_TOKENS)
+        verdicts = [
+            judge(REFUSAL if fired else answer, sample)
+            for fired, answer, sample in zip(fires, answers, samples, strict=True)
+        ]
+        table[name] = {verdict: verdicts.count(verdict) for verdict in VERDICTS} | {"fires": sum(fires)}
+    return table
+
+
+def astra(study: Study, subspaces) -> dict:
+    """ASTRA's steering at the repaired site, at the tokens that the gate's repair would have changed."""
+    repaired, site = study.repaired(subspaces), min(subspaces.sites)
+    repaired.strength = 0
+    attacks = [s for family in ("typographic", "icon") for s in study.world.attack(family, "fit", 24)]
+    pictured = [s for task in ("typographic", "icon") for s in study.world.benign(task, "fit", 24)]
+    vector = astra_vector(study.model, study.processor, attacks, site, target="step one", text=None)
+    h0 = astra_calibration(study.model, study.processor, pictured, site, text=None, max_new_tokens=MAX_NEW_TOKENS)
+    state = repaired.care_state
+    with AstraSteering(repaired, site, vector, h0, ASTRA_ALPHA, active=lambda: state.held_steps[:, -1] >= 0):
+        return study.counts(repaired)
+
+
+def lora(study: Study, families):
+    """Refusal-pair fine-tuning on the same prompts: malicious ones refused, all others answered as before."""
+    prompts = {
+        name: [Sample(prompt["messages"]) for prompt in items]
+        for name, items in fit_prompts(study.world, FIT_PROMPTS, families).items()
+    }
+    kept = [sample for name, items in prompts.items() if name != "malicious" for sample in items]
+    answers = generate_answers(study.model, study.processor, kept, MAX_NEW_TOKENS)
+    refused = [(sample, REFUSAL) for sample in prompts["malicious"]]
+    pairs = list(zip(kept, answers, strict=True))
+    return train_refusal_lora(study.model, study.processor, refused, pairs, steps=100, rank=8, lr=1e-3)
+
+
+def transfer(study: Study) -> None:
+    """Strict ASR on each family when the fit knows all others, and over-refusal of that fit."""
+    for exposure in (True, False):
+        for left_out in ATTACKS:
+            families = tuple(family for family in ATTACKS if family != left_out)
+            # In wrapper+image and new font the attack is as in another family: leave that out, too.
+            twins = {"wrapper": "wrapper+image", "typographic": "new font"}
+            twins |= {value: key for key, value in twins.items()}
+            families = tuple(f for f in families if f != twins.get(left_out))
+
+            def make(families=families, left_out=left_out, exposure=exposure):
+                repaired = study.repaired(solve_turns(study.turns(families, exposure), RECIPE))
+                return study.counts(repaired, (left_out,))
+
+            study.keep(f"transfer {left_out} {'with' if exposure else 'without'} exposed", make)
+
+
+def whitebox(study: Study) -> None:
+    """ASR of images attacked through the model as it is, the gate's score in the loss."""
+    repairs = {
+        "undefended": None,
+        "gated, no attacks": study.repaired(solve_turns(study.turns(), RECIPE)),
+        "gated, all families": study.repaired(solve_turns(study.turns(ATTACKS), RECIPE)),
+    }
+    for family in ("plain", *ATTACKS):
+        samples = pictured_attacks(study, family)
+        for eps in (16, 32):
+            for name, repaired in repairs.items():
+                for weight in WEIGHTS if repaired else WEIGHTS[:1]:
+                    study.keep(
+                        f"whitebox {family} eps {eps} {name} weight {weight:g}",
+                        lambda a=(repaired, samples, eps, weight): attack(study, *a),
+                    )
+
+
+def pictured_attacks(study: Study, family: str) -> list:
+    """Attacks of a family with an image to attack: text families beside an unrelated one."""
+    if family not in ("plain", "wrapper", "split", "cipher"):
+        return study.world.attack(family, study.split, WHITEBOX_PROMPTS)
+    rng = np.random.default_rng([7, ("plain", "wrapper", "split", "cipher").index(family)])
+    concepts = study.world.select(True, study.split)
+    return [
+        study.world.request(rng, concepts[i % len(concepts)], (study.split,), family, scene=True)
+        for i in range(WHITEBOX_PROMPTS)
+    ]
+
+
+def attack(study: Study, repaired, samples, eps: int, weight: float) -> dict:
+    """Attack the right recipe out of `repaired`, or of the undefended model, and judge what comes."""
+    model, targets = repaired or study.model, [sample.answer for sample in samples]
+    with contextlib.ExitStack() as stack:
+        penalty = None
+        if repaired:
+            activations = stack.enter_context(record(repaired, [Site.parse(repaired.config.gate["site"])]))
+            penalty = gate_score(repaired, activations)
+        settings = {"steps": STEPS, "restarts": RESTARTS, "penalty": penalty, "weight": weight}
+        attacked = pgd(model, study.processor, samples, targets, eps=eps, **settings)
+    answers = generate_answers(model, study.processor, attacked.samples, MAX_NEW_TOKENS)
+    verdicts = [judge(answer, sample) for answer, sample in zip(answers, samples, strict=True)]
+    clean = generate_answers(model, study.processor, samples, MAX_NEW_TOKENS)
+    return {
+        "n": len(samples),
+        "clean": sum(judge(answer, sample) == "correct" for answer, sample in zip(clean, samples, strict=True)),
+        **{verdict: verdicts.count(verdict) for verdict in VERDICTS},
+        "right": [verdict == "correct" for verdict in verdicts],
+        "loss": attacked.loss.tolist(),
+        "gate": attacked.penalty.tolist(),
+        "curve": attacked.losses.min(dim=0).values.mean(dim=1).tolist(),
+    }
+
+
+def gate_score(repaired, activations):
+    """How far the gate is above firing, at least -0.1: what an attacker lowers to get past it."""
+    reader, ends = repaired.gate_reader, repaired.gate.prompt_end
+
+    def penalty(batch):
+        (h,) = activations.values()
+        rows = torch.arange(len(h))
+        at = prompt_ends(batch.inputs["input_ids"], ends).int().argmax(dim=1)
+        margins = reader.margins(h[rows, at])
+        # Every prompt here has an image.
+        required, alarms = margins[:, : reader.required], margins[:, -reader.pictured :]
+        score = torch.cat([required, alarms.max(dim=1, keepdim=True).values], dim=1).min(dim=1).values
+        return score.clamp(min=-0.1)
+
+    return penalty
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("table", "transfer", "whitebox"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--cue", default="shared", choices=("shared", "none"))
+    parser.add_argument("--harm", default="neutral", choices=("neutral", "meaningful"))
+    parser.add_argument("--split", default="validation", choices=("validation", "test"))
+    parser.add_argument("--n", type=int, default=TEST_PROMPTS)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    {"table": table, "transfer": transfer, "whitebox": whitebox}[arguments.part](Study(arguments))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,12 +9,19 @@ from care_hf.recipe import RECIPES, Recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def test_the_commented_file_is_the_default_and_complete():
-    values = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+@pytest.mark.parametrize(("file", "name"), [("default.yaml", "gated"), ("paper.yaml", "paper")])
+def test_the_commented_files_are_the_named_recipes_and_complete(file, name):
+    values = yaml.safe_load((CONFIGS / file).read_text())
     assert set(values) == {field.name for field in fields(Recipe)}
-    assert (
-        Recipe.load(CONFIGS / "paper.yaml") == Recipe() == RECIPES["paper"] == Recipe.load("paper") == Recipe.load(None)
-    )
+    assert Recipe.load(CONFIGS / file) == RECIPES[name] == Recipe.load(name)
+    lines = [line for line in (CONFIGS / file).read_text().splitlines() if line and not line.startswith("#")]
+    assert [line.partition(":")[0] for line in lines if "#" not in line] == []
+
+
+def test_the_default_is_the_gated_one_and_the_printed_method_another():
+    assert Recipe() == RECIPES["gated"] == Recipe.load(None) != RECIPES["paper"]
+    printed = {"scope": "all", "layers": "middle", "component": "ffn", "rank": 16, "basis": "filter"}
+    assert RECIPES["paper"] == Recipe(**printed, anchor="benign", gate="none")
 
 
 def test_to_dict_round_trips_through_yaml(tmp_path):
@@ -56,6 +63,6 @@ def test_unknown_names_and_fields_are_named(tmp_path):
 
 def test_middle_is_the_papers_pair(testbed):
     model, _ = testbed
-    assert [str(site) for site in Recipe().sites(model)] == ["3.ffn", "4.ffn"]
+    assert [str(site) for site in Recipe.load("paper").sites(model)] == ["3.ffn", "4.ffn"]
     with pytest.raises(ValueError, match="6 decoder layers"):
         Recipe(layers=(2, 6)).sites(model)

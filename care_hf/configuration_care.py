@@ -22,7 +22,7 @@ class CareConfig(PreTrainedConfig):
         sites: one dict per repaired site: ``{"site": "16.ffn", "ranks": {"visual": 16, "text": 16}, "oblique": []}``,
             or with ranks of "last" and "response" and the number of repaired "steps" of the response.
         fusion: how the corrections of the two modalities become one, see `projection.SafetyProjection`.
-        gate: ``{"site": "16.residual", "required": 1, "alarms": 3, "prompt_end": [5]}``, see `gating.Gate`; None if
+        gate: ``{"site": "16.residual", "required": 1, "alarms": 2, "prompt_end": [5]}``, see `gating.Gate`; None if
             there is none.
         scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
         origin: how the repair came about, as strings.

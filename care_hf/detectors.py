@@ -107,6 +107,9 @@ def fit_detectors(prompts: Prompts, ridge: float) -> tuple[list[Detector], list[
         ValueError: there are no malicious or no benign prompts.
     """
     cells = prompts.by_cell()
+    for name in ("benign", "malicious"):
+        if not any(cell.of == name for cell in cells):
+            raise ValueError(f"There are no {name} prompts to fit detectors on; add some.")
     harmless = [h for cell, h in cells.items() if cell.of in HARMLESS.values()]
     pairs = [(cell.pictured, h, _counterpart(cell, cells)) for cell, h in cells.items() if cell.of in HARMLESS]
     channels = sorted({pictured for pictured, _, _ in pairs})
@@ -180,8 +183,9 @@ def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScor
     """Score prompts by detectors fitted without their groups.
 
     Raises:
-        ValueError: a fold would be left without prompts to train on or to test.
+        ValueError: a fold would be left without prompts to train on or to test, or without some class or modality.
     """
+    counts = [len(detectors) for detectors in fit_detectors(prompts, ridge)]
     required, alarms, cells = [], [], []
     for train, test in held_out(prompts.groups, folds):
         if not any(test) or not any(train):
@@ -190,7 +194,13 @@ def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScor
                 f"at least {folds} concepts and, where templates are named, {folds} templates, or name fewer groups."
             )
         tested = prompts.where(test)
-        for into, detectors in zip((required, alarms), fit_detectors(prompts.where(train), ridge), strict=True):
+        fitted = fit_detectors(prompts.where(train), ridge)
+        if [len(detectors) for detectors in fitted] != counts:
+            raise ValueError(
+                "With some groups held out, no prompts of some class are left, or none with or without an image; give "
+                "prompts of more groups in every class, with and without images alike."
+            )
+        for into, detectors in zip((required, alarms), fitted, strict=True):
             scores = [detector.scores(tested.activations) for detector in detectors]
             into.append(torch.stack(scores, dim=1) if scores else tested.activations.new_zeros(len(tested.cells), 0))
         cells += tested.cells
@@ -204,23 +214,33 @@ def thresholds(scores: HeldOutScores, false_alarms: float) -> tuple[torch.Tensor
     of few prompts are not seen otherwise. A required detector is set on the kinds of neutral and exposed prompts, and,
     where a gap is left to those of requests, in the middle of the gap; an alarm on the benign kinds that it is asked
     about, as all others are kept off by what is required.
+
+    Raises:
+        ValueError: of such prompts none were held out.
     """
     own = scores.own_alarm()
     kinds = [(cell, torch.tensor([c == cell for c in scores.cells])) for cell in dict.fromkeys(scores.cells)]
     limits = []
     for column in scores.required.unbind(dim=1):
-        high = max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of in ("neutral", "exposed"))
-        low = min(-_upper(-column[rows], false_alarms) for cell, rows in kinds if cell.of in ("benign", "malicious"))
+        high = _highest(column, [rows for cell, rows in kinds if cell.of in ("neutral", "exposed")], false_alarms)
+        low = -_highest(-column, [rows for cell, rows in kinds if cell.of in ("benign", "malicious")], false_alarms)
         limits.append((high + low) / 2 if low > high else high)
     alarms = [
-        max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of == "benign" and own[rows][0] == which)
+        _highest(column, [rows for cell, rows in kinds if cell.of == "benign" and own[rows][0] == which], false_alarms)
         for which, column in enumerate(scores.alarms.unbind(dim=1))
     ]
     return torch.tensor(limits, dtype=torch.float64), torch.tensor(alarms, dtype=torch.float64)
 
 
-def _upper(values: torch.Tensor, share: float) -> float:
-    return float(values.mean() + norm.isf(share) * values.std(correction=0))
+def _highest(column: torch.Tensor, kinds: Sequence[torch.Tensor], share: float) -> float:
+    """What a share of no kind's scores exceeds; a kind is given by its rows."""
+    if not kinds:
+        raise ValueError(
+            "A detector has no held-out prompts that should be answered, so it gets no threshold; where malicious or "
+            "exposed prompts have images, and where they have none, benign prompts must, too."
+        )
+    scores = [column[rows] for rows in kinds]
+    return max(float(values.mean() + norm.isf(share) * values.std(correction=0)) for values in scores)
 
 
 def calibration(scores: HeldOutScores, false_alarms: float) -> dict:

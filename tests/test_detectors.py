@@ -231,19 +231,13 @@ def test_what_cannot_be_held_out_is_named():
     table = full_table(n=4)
     with pytest.raises(ValueError, match="cannot be held out in 4 folds"):
         cross_fit(prompts(table, [("one",)] * 40), 0.1)
-    # All malicious prompts share a group, so that the fold that holds it is left without any.
-    for of, message in (("malicious", "no malicious prompts"), ("exposed", "or none with or without an image")):
-        groups = [
-            (of if row[0] == of and (of == "malicious" or row[2]) else f"g{i}",) for row in table for i in range(4)
-        ]
-        kept = [row for row in table if of == "malicious" or row[:3] != ("malicious", "a", True)]
-        groups = [
-            g
-            for g, row in zip(groups, [row for row in table for _ in range(4)], strict=True)
-            if any(row is k for k in kept)
-        ]
+    # All prompts of a class share a group, so that the fold that holds it out is left without any.
+    for of, message in (("malicious", "no malicious prompts"), ("pictured", "or none with or without an image")):
+        rows = [row for row in table if of == "malicious" or row[:3] != ("malicious", "a", True)]
+        alone = [row[0] == "malicious" if of == "malicious" else row[0] == "exposed" and row[2] for row in rows]
+        groups = [("shared" if is_alone else f"g{i}",) for is_alone in alone for i in range(4)]
         with pytest.raises(ValueError, match=message):
-            cross_fit(prompts(kept, groups), 0.1)
+            cross_fit(prompts(rows, groups), 0.1)
 
 
 # Thresholds

@@ -44,7 +44,7 @@ def measure(mode: str, count: int, folder: Path) -> float:
     model, processor = care_hf.load_testbed()
     benign = prompts(World().benign("typographic", "fit", count // 2), folder / "benign")
     malicious = prompts(World().attack("typographic", "fit", count // 2), folder / "malicious")
-    recipe = Recipe(batch_size=16)
+    recipe = Recipe.load("paper").replace(batch_size=16)
 
     @torch.no_grad()
     def forward(benign, malicious):

@@ -106,6 +106,11 @@ class Detectors:
     pictured: list[Detector]
 
     @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many there are of each."""
+        return len(self.required), len(self.alarms), len(self.pictured)
+
+    @property
     def all(self) -> list[Detector]:
         """In the order in which a `Gate` has them."""
         return [*self.required, *self.alarms, *self.pictured]
@@ -122,6 +127,9 @@ def fit_detectors(prompts: Prompts, ridge: float) -> Detectors:
         ValueError: there are no malicious or no benign prompts.
     """
     cells = prompts.by_cell()
+    for name in ("benign", "malicious"):
+        if not any(cell.of == name for cell in cells):
+            raise ValueError(f"There are no {name} prompts to fit detectors on; add some.")
     harmless = [h for cell, h in cells.items() if cell.of in HARMLESS.values()]
     pairs = [(cell, h, _counterpart(cell, cells)) for cell, h in cells.items() if cell.of in HARMLESS]
 
@@ -211,8 +219,9 @@ def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScor
     """Score prompts by detectors fitted without their groups.
 
     Raises:
-        ValueError: a fold would be left without prompts to train on or to test.
+        ValueError: a fold would be left without prompts to train on or to test, or without some class or modality.
     """
+    counts = fit_detectors(prompts, ridge).counts
     scores: list[list[torch.Tensor]] = [[], [], []]
     cells: list[Cell] = []
     for train, test in held_out(prompts.groups, folds):
@@ -222,6 +231,11 @@ def cross_fit(prompts: Prompts, ridge: float, folds: int = FOLDS) -> HeldOutScor
                 f"at least {folds} concepts and, where templates are named, {folds} templates, or name fewer groups."
             )
         tested, fitted = prompts.where(test), fit_detectors(prompts.where(train), ridge)
+        if fitted.counts != counts:
+            raise ValueError(
+                "With some groups held out, no prompts of some class are left, or none with or without an image; give "
+                "prompts of more groups in every class, with and without images alike."
+            )
         for into, detectors in zip(scores, (fitted.required, fitted.alarms, fitted.pictured), strict=True):
             columns = [detector.scores(tested.activations) for detector in detectors]
             into.append(torch.stack(columns, dim=1) if columns else torch.zeros(len(tested.cells), 0))
@@ -236,22 +250,31 @@ def thresholds(scores: HeldOutScores, false_alarms: float) -> torch.Tensor:
     of few prompts are not seen otherwise. A required detector is set on the kinds of neutral and exposed prompts, and,
     where a gap is left to those of requests, in the middle of the gap; alarms are set on the benign kinds that they are
     asked about, as all others are kept off by what is required, and share the allowance.
+
+    Raises:
+        ValueError: of such prompts none were held out.
     """
     kinds = [(cell, torch.tensor([c == cell for c in scores.cells])) for cell in dict.fromkeys(scores.cells)]
     limits = []
     for column in scores.required.unbind(dim=1):
-        high = max(_upper(column[rows], false_alarms) for cell, rows in kinds if cell.of in ("neutral", "exposed"))
-        low = min(-_upper(-column[rows], false_alarms) for cell, rows in kinds if cell.of in ("benign", "malicious"))
+        high = _highest(column, [rows for cell, rows in kinds if cell.of in ("neutral", "exposed")], false_alarms)
+        low = -_highest(-column, [rows for cell, rows in kinds if cell.of in ("benign", "malicious")], false_alarms)
         limits.append((high + low) / 2 if low > high else high)
     for alarms, prompts in scores.asked():
         own = [rows for cell, rows in kinds if cell.of == "benign" and (rows & prompts).any()]
-        for column in alarms.unbind(dim=1):
-            limits.append(max(_upper(column[rows], false_alarms / alarms.shape[1]) for rows in own))
+        limits += [_highest(column, own, false_alarms / alarms.shape[1]) for column in alarms.unbind(dim=1)]
     return torch.tensor(limits, dtype=torch.float64)
 
 
-def _upper(values: torch.Tensor, share: float) -> float:
-    return float(values.mean() + norm.isf(share) * values.std(correction=0))
+def _highest(column: torch.Tensor, kinds: Sequence[torch.Tensor], share: float) -> float:
+    """What a share of no kind's scores exceeds; a kind is given by its rows."""
+    if not kinds:
+        raise ValueError(
+            "A detector has no held-out prompts that should be answered, so it gets no threshold; where malicious or "
+            "exposed prompts have images, and where they have none, benign prompts must, too."
+        )
+    scores = [column[rows] for rows in kinds]
+    return max(float(values.mean() + norm.isf(share) * values.std(correction=0)) for values in scores)
 
 
 def calibration(scores: HeldOutScores, false_alarms: float) -> dict:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 
+from .gating import TurnProjection
 from .samples import Sample, batches, collate
 from .sites import image_token_ids, record
 
@@ -105,9 +106,16 @@ def correction_size(model, processor, samples: Sequence) -> float:
         model: a `CareForConditionalGeneration`.
         processor: its processor.
         samples: anything with chat `messages`; they are run as one batch.
+
+    Raises:
+        ValueError: not all tokens are repaired.
     """
-    batch = collate(processor, [Sample(s.messages) for s in samples], image_token_ids(model.config))
     repairs = model.care_modules()
+    if model.config.scope != "all" or any(isinstance(repair, TurnProjection) for repair in repairs.values()):
+        raise ValueError(
+            "The size of a correction is that of a repair of all tokens; this model's has a smaller scope."
+        )
+    batch = collate(processor, [Sample(s.messages) for s in samples], image_token_ids(model.config))
     with model.disable(), record(model, list(repairs)) as activations:
         model(**{name: value.to(model.device) for name, value in batch.inputs.items()})
     prompt = (batch.visual | batch.text).to(model.device)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from transformers.utils import logging
 from . import resume as resuming
 from .attribution import attribute_tokens, kept_count
 from .evaluation import is_refusal
+from .gating import Gate
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
-from .samples import Batch, Sample, Samples, collate, load_samples
+from .samples import Batch, Sample, Samples, collate, generation_prompt, load_samples
 from .sites import Site, hidden_size, image_token_ids, record
 from .subspace import SafetySubspaces, fit_subspaces
 from .turn_repair import solve_turns
@@ -66,7 +67,7 @@ class Statistics:
             centring=recipe.centring,
             shrinkage=recipe.shrinkage,
             projector=recipe.projector,
-            beta=recipe.beta,
+            beta=0.0 if recipe.anchor == "none" else recipe.beta,
             fusion=recipe.fusion,
             fusion_weight=recipe.fusion_weight,
             strength=recipe.strength,
@@ -123,8 +124,9 @@ def fit(
     elif given:
         raise ValueError(f"A recipe with scope={recipe.scope!r} has no use for {sorted(given)}; leave them out.")
     else:
+        asked = _prompt_end(model, processor, recipe) if recipe.scope == "prompt" else {}
         statistics = collect(model, benign, malicious, processor, recipe, resume=resume)
-        subspaces = statistics.solve(recipe)
+        subspaces = replace(statistics.solve(recipe), **asked)
     repaired = CareForConditionalGeneration.from_base(model, subspaces)
     repaired.processor = processor
     return repaired
@@ -150,17 +152,23 @@ def collect_turns(
     _check_unrepaired(model)
     if (exposed is None) != (neutral is None):
         raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
-    samples = {"benign": load_samples(benign, "benign")}
-    malicious = load_samples(malicious, "malicious")
-    known = load_samples(refused, "refused") if refused is not None else []
-    samples["malicious"] = load_samples([*malicious, *known], "malicious") if known else malicious
+    samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     if exposed is not None:
         samples |= {"exposed": load_samples(exposed, "exposed"), "neutral": load_samples(neutral, "neutral")}
-    _check_disjoint(samples)
+    known = load_samples(refused, "refused") if refused is not None else []
+    _check_disjoint({**samples, "refused": known} if known else samples)
+    if known:
+        samples["malicious"] = load_samples([*samples["malicious"], *known], "malicious")
     if recipe.rank > hidden_size(model):
         raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={hidden_size(model)}; lower the rank.")
     path = Path(resume) if resume else None
     return record_turns(model, processor, samples, len(known), recipe, judge, path)
+
+
+def _prompt_end(model: PreTrainedModel, processor, recipe: Recipe) -> dict[str, Any]:
+    """What of `SafetySubspaces` tells where a prompt ends, and confines the repair to it."""
+    gate = Gate(generation_prompt(processor), torch.zeros(hidden_size(model), 0), torch.zeros(0))
+    return {"scope": "prompt", "gate": gate, "gate_site": recipe.gate_site(model)}
 
 
 def _check_unrepaired(model: PreTrainedModel) -> None:

@@ -165,7 +165,9 @@ def _load_sample(item: Any) -> Sample:
     if isinstance(item, Sample):
         return item
     if isinstance(item, Mapping):
-        labels = {"kind": str(item.get("kind") or ""), "groups": tuple(map(str, item.get("groups") or ()))}
+        groups = item.get("groups") or ()
+        groups = [groups] if isinstance(groups, str) else groups
+        labels = {"kind": str(item.get("kind") or ""), "groups": tuple(map(str, groups))}
         if item.get("messages") is not None:
             return Sample([_load_message(message) for message in item["messages"]], **labels)
         if "role" in item:

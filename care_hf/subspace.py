@@ -120,13 +120,12 @@ class SafetySubspaces:
                     tensors[f"{prefix}.reader"] = subspace.reader.contiguous()
         settings = {"fusion": self.fusion, "fusion_weight": self.fusion_weight, "strength": self.strength}
         if self.gate is not None:
-            tensors["gate.readers"], tensors["gate.thresholds"] = self.gate.readers.contiguous(), self.gate.thresholds
-            described = {
-                "required": self.gate.required,
-                "pictured": self.gate.pictured,
-                "prompt_end": self.gate.prompt_end,
-            }
-            settings |= {"gate": {"site": str(self.gate_site), **described}, "scope": self.scope}
+            tensors["gate.readers"] = self.gate.readers.contiguous()
+            tensors["gate.thresholds"] = self.gate.thresholds.contiguous()
+            described = {name: getattr(self.gate, name) for name in ("required", "pictured", "prompt_end")}
+            settings["gate"] = {"site": str(self.gate_site), **described}
+        if self.scope != "all":
+            settings["scope"] = self.scope
         header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
         save_file(tensors, path, metadata=header)
 

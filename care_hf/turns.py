@@ -88,12 +88,14 @@ def record_turns(
     refused: list[bool] = []
     progress = logging.tqdm(total=len(asked) + len(read), initial=recorder.done, desc="Recording turns", unit="batch")
     saved = time.monotonic()
+    was_training = model.training
+    model.eval()
     try:
         with progress:
             for index, (name, start) in enumerate([*asked, *read]):
                 if index == len(asked):
                     refused = judge_answers(recorder.answers, judge, known_refused)
-                    recorder.refusals = [a for a, is_one in zip(recorder.answers, refused, strict=True) if is_one]
+                    recorder.take_up(refused)
                 if index < recorder.done:
                     continue
                 batch = samples[name][start : start + size]
@@ -108,6 +110,7 @@ def record_turns(
                     recorder.save(resume, of)
                     saved = time.monotonic()
     finally:
+        model.train(was_training)
         if resume:
             recorder.save(resume, of)
     return recorder.turns(samples, refused)
@@ -139,12 +142,20 @@ class _Recorder:
         self.prompt_end = generation_prompt(processor)
         self.done = 0
         self.answers: list[str] = []
+        self.refused: list[bool] | None = None
         self.refusals: list[str] = []
         self.parts: dict[str, list[torch.Tensor]] = {"gate": [], **{str(s): [] for s in self.sites}}
 
     def ask(self, samples: Sequence[Sample]) -> None:
         """Have the model answer one batch."""
         self.answers += generate_answers(self.model, self.processor, samples, 2 * self.recipe.steps, len(samples))
+
+    def take_up(self, refused: list[bool]) -> None:
+        """Hear which answers are refusals."""
+        if self.refused not in (None, refused):
+            raise ValueError("What is resumed was recorded with another judge; delete it or name another file.")
+        self.refused = refused
+        self.refusals = [answer for answer, is_one in zip(self.answers, refused, strict=True) if is_one]
 
     def own_refusals(self, name: str, start: int, count: int, refused: Sequence[bool]) -> list[str]:
         """The refusal to record after each prompt of a batch: the model's own, or another prompt's in turn."""
@@ -159,16 +170,13 @@ class _Recorder:
         """Record one batch, its answers forced."""
         inputs, labels = answered(self.processor, samples, answers, end=False)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with record(self.model, [self.gate_site, *self.sites]) as activations:
-                self.model.base_model(**inputs, use_cache=False)
-        finally:
-            self.model.train(was_training)
+        with record(self.model, [self.gate_site, *self.sites]) as activations:
+            self.model.base_model(**inputs, use_cache=False)
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.parts}
-        for row, of_answer in enumerate(labels != IGNORED):
-            length, last = int(of_answer.sum()), int(of_answer.int().argmax()) - 1
+        lengths = (labels != IGNORED).sum(dim=1)
+        begins = inputs["attention_mask"].cpu().sum(dim=1) - lengths
+        for row, (length, begin) in enumerate(zip(lengths.tolist(), begins.tolist(), strict=True)):
+            last = begin - 1
             parts["gate"].append(activations[self.gate_site][row, last].float().cpu()[None])
             for site in self.sites:
                 known = activations[site][row, last : last + 1 + min(length, self.recipe.steps)].float().cpu()
@@ -189,11 +197,13 @@ class _Recorder:
         """Write what was recorded so far."""
         width = hidden_size(self.model)
         tensors = {name: torch.cat(parts) if parts else torch.zeros(0, width) for name, parts in self.parts.items()}
-        resuming.save(path, tensors, of, done=str(self.done), answers=json.dumps(self.answers))
+        notes = {"answers": json.dumps(self.answers), "refused": json.dumps(self.refused)}
+        resuming.save(path, tensors, of, done=str(self.done), **notes)
 
     def load(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
         """Take up what `save` wrote."""
         self.done, self.answers = int(notes["done"]), json.loads(notes["answers"])
+        self.refused = json.loads(notes["refused"])
         self.parts = {name: [tensor] if len(tensor) else [] for name, tensor in tensors.items()}
 
     def turns(self, samples: Mapping[str, Samples], refused: Sequence[bool]) -> Turns:

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_hf.evaluation import Rate, correction_size, generate_answers
+from care_hf.evaluation import REFUSALS, Rate, correction_size, generate_answers, is_refusal
+from care_hf.gating import Gate
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import Subspace
 from care_hf.sites import Site
@@ -58,3 +59,33 @@ def test_the_size_of_a_correction_has_a_closed_form_where_everything_is_projecte
     ids = ids[~torch.isin(ids, torch.tensor([1, 5, 6]))]  # control tokens
     share = (ids != model.config.image_token_id).float().mean().item()
     assert size(everything, fusion="route") == pytest.approx(share, abs=1e-5)
+
+
+def test_the_size_of_a_correction_of_some_tokens_alone_is_refused(testbed, world):
+    model, processor = testbed
+    gate, gate_site = Gate((6,), torch.zeros(128, 0), torch.zeros(0)), Site(1, "residual")
+    everything = Subspace(torch.eye(128), torch.zeros(128))
+    for places, scope in (({"last": everything}, "all"), ({"text": everything}, "prompt")):
+        subspaces = SafetySubspaces({Site(2, "ffn"): places}, gate=gate, gate_site=gate_site, scope=scope)
+        repaired = CareForConditionalGeneration.from_base(model, subspaces)
+        with pytest.raises(ValueError, match="smaller scope"):
+            correction_size(repaired, processor, world.benign("icon", "fit", 2))
+
+
+@pytest.mark.parametrize("beginning", REFUSALS)
+def test_a_refusal_is_one_whatever_its_case_quotes_and_apostrophes(beginning):
+    for answer in (
+        beginning,
+        beginning.capitalize(),
+        f' \n"{beginning.upper()} do that."',
+        beginning.replace("'", "\u2019"),
+    ):
+        assert is_refusal(answer)
+    assert not is_refusal(f"sure. {beginning}") and not is_refusal(beginning[:-1])
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "   ", "step one mix salt with clay .", "I can help.", "As a cook, I cannot wait."]
+)
+def test_what_answers_is_no_refusal(answer):
+    assert not is_refusal(answer)

@@ -6,14 +6,15 @@ import torch
 from sklearn.covariance import ledoit_wolf
 
 import care_hf
-from care_hf import fitting
+from care_hf import fitting, resume
 from care_hf.baselines import mean_difference
 from care_hf.fitting import collect
 from care_hf.recipe import Recipe
 from care_hf.samples import load_samples
 from care_hf.sites import Site
 
-QUICK = Recipe(layers=(2,), rank=4, keep_text=1.0, keep_visual=1.0, attribution="all")
+PAPER = Recipe.load("paper")
+QUICK = PAPER.replace(layers=(2,), rank=4, keep_text=1.0, keep_visual=1.0, attribution="all")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def assert_same(first, second):
         assert torch.equal(first[key], second[key]), key
 
 
-@pytest.mark.parametrize("recipe", [QUICK, Recipe(rank=4), Recipe(rank=4, attribution="random", seed=3)])
+@pytest.mark.parametrize("recipe", [QUICK, PAPER.replace(rank=4), PAPER.replace(rank=4, attribution="random", seed=3)])
 def test_a_seed_gives_bit_identical_bases(testbed, prompts, recipe):
     model, processor = testbed
     first = care_hf.fit(model, *prompts, processor, recipe)
@@ -119,7 +120,7 @@ def test_the_base_is_left_as_it_was(testbed, prompts, world):
 
 def test_an_interrupted_fit_resumes_to_the_same_bases(testbed, prompts, tmp_path):
     model, processor = testbed
-    recipe = Recipe(rank=4, attribution="random", batch_size=4)
+    recipe = PAPER.replace(rank=4, attribution="random", batch_size=4)
     whole = care_hf.fit(model, *prompts, processor, recipe)
 
     class Interrupting:
@@ -151,7 +152,7 @@ def test_an_interrupted_fit_resumes_to_the_same_bases(testbed, prompts, tmp_path
 
 def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, monkeypatch):
     model, processor = testbed
-    recipe = Recipe(rank=4, attribution="random", batch_size=4)
+    recipe = PAPER.replace(rank=4, attribution="random", batch_size=4)
     kept = tmp_path / "collected.safetensors"
     saves = []
     save = fitting._Collector.save
@@ -161,7 +162,7 @@ def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, mon
         saves.append((done, path.read_bytes()))
 
     monkeypatch.setattr(fitting._Collector, "save", keep_a_copy)
-    monkeypatch.setattr(fitting, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
     whole = care_hf.fit(model, *prompts, processor, recipe, resume=kept)
     assert [done for done, _ in saves] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
     kept.write_bytes(saves[4][1])  # what a process killed after five batches leaves
@@ -183,7 +184,11 @@ def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, mon
             QUICK.replace(rank=64),
             "rank=64 exceeds the 36 visual tokens that 1 `malicious` prompts give",
         ),
-        (lambda b, m: (b[:1], m), Recipe(rank=10), "rank=10 exceeds the 9 visual tokens that 1 `benign` prompts give"),
+        (
+            lambda b, m: (b[:1], m),
+            PAPER.replace(rank=10),
+            "rank=10 exceeds the 9 visual tokens that 1 `benign` prompts give",
+        ),
     ],
 )
 def test_bad_input_is_named(testbed, prompts, change, recipe, message):

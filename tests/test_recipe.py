@@ -9,12 +9,19 @@ from care_hf.recipe import RECIPES, Recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def test_the_commented_file_is_the_default_and_complete():
-    values = yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+@pytest.mark.parametrize(("file", "name"), [("default.yaml", "gated"), ("paper.yaml", "paper")])
+def test_the_commented_files_are_the_named_recipes_and_complete(file, name):
+    values = yaml.safe_load((CONFIGS / file).read_text())
     assert set(values) == {field.name for field in fields(Recipe)}
-    assert (
-        Recipe.load(CONFIGS / "paper.yaml") == Recipe() == RECIPES["paper"] == Recipe.load("paper") == Recipe.load(None)
-    )
+    assert Recipe.load(CONFIGS / file) == RECIPES[name] == Recipe.load(name)
+    lines = [line for line in (CONFIGS / file).read_text().splitlines() if line and not line.startswith("#")]
+    assert [line.partition(":")[0] for line in lines if "#" not in line] == []
+
+
+def test_the_default_is_the_gated_one_and_the_printed_method_another():
+    assert Recipe() == RECIPES["gated"] == Recipe.load(None) != RECIPES["paper"]
+    printed = {"scope": "all", "layers": "middle", "component": "ffn", "rank": 16, "basis": "filter"}
+    assert RECIPES["paper"] == Recipe(**printed, anchor="benign", gate="none")
 
 
 def test_to_dict_round_trips_through_yaml(tmp_path):
@@ -39,6 +46,23 @@ def test_to_dict_round_trips_through_yaml(tmp_path):
         ({"shrinkage": 2}, "shrinkage=2"),
         ({"fusion": "mean"}, "fusion='mean'"),
         ({"beta": "1"}, "beta='1'"),
+        ({"strength": None}, "strength=None"),
+        ({"scope": "last"}, "scope='last'"),
+        ({"scope": ()}, "must be 'all', 'prompt', or one or both"),
+        ({"scope": ("last", "prompt")}, "must be 'all', 'prompt', or one or both"),
+        ({"scope": "all"}, "scope='all' needs basis='filter', not 'pattern'"),
+        ({"scope": "prompt", "basis": "filter"}, "scope='prompt' needs gate='none', not 'linear'"),
+        ({"scope": "all", "basis": "filter", "gate": "none"}, "knows no refused activations"),
+        ({"projector": "oblique"}, "belongs to basis='filter'"),
+        ({"basis": "pca"}, "basis='pca'"),
+        ({"anchor": "malicious"}, "anchor='malicious'"),
+        ({"gate": "mlp"}, "gate='mlp'"),
+        ({"gate_layer": "deep"}, "gate_layer='deep'"),
+        ({"gate_ridge": 0}, "gate_ridge=0 must lie between 0 and 1"),
+        ({"false_alarms": 1}, "false_alarms=1 must lie between 0 and 1"),
+        ({"false_alarms": "1%"}, "false_alarms='1%'"),
+        ({"steps": 0}, "steps=0"),
+        ({"steps": 2.0}, "steps=2.0"),
     ],
 )
 def test_bad_fields_are_named(changes, message):
@@ -56,6 +80,30 @@ def test_unknown_names_and_fields_are_named(tmp_path):
 
 def test_middle_is_the_papers_pair(testbed):
     model, _ = testbed
-    assert [str(site) for site in Recipe().sites(model)] == ["3.ffn", "4.ffn"]
+    assert [str(site) for site in Recipe.load("paper").sites(model)] == ["3.ffn", "4.ffn"]
     with pytest.raises(ValueError, match="6 decoder layers"):
         Recipe(layers=(2, 6)).sites(model)
+
+
+def test_what_belongs_together_is_accepted():
+    for scope in ("all", "prompt"):
+        for anchor in ("benign", "none"):
+            assert not Recipe(scope=scope, basis="filter", gate="none", anchor=anchor).by_turn
+    for scope in (["last"], ["response"], ("last", "response")):
+        for change in ({"gate": "none"}, {"basis": "filter", "projector": "oblique"}, {"anchor": "benign"}):
+            recipe = Recipe(scope=scope, **change)
+            assert recipe.by_turn and recipe.scope == tuple(scope)
+
+
+def test_the_gate_reads_before_what_asks_it_and_a_repair_of_all_tokens_asks_none(testbed):
+    model, _ = testbed
+    assert str(Recipe().gate_site(model)) == "3.residual" and [str(s) for s in Recipe().sites(model)] == ["4.residual"]
+    assert str(Recipe(gate_layer=4).gate_site(model)) == "4.residual"  # read, then repaired
+    assert str(Recipe(gate_layer="two-thirds").gate_site(model)) == "4.residual"
+    assert str(Recipe.load("paper").gate_site(model)) == "3.residual"
+    for recipe in (Recipe(gate_layer=5), Recipe(layers=(4, 3), component="ffn"), Recipe(layers=(0, 5))):
+        with pytest.raises(ValueError, match="run before the gate decides"):
+            recipe.gate_site(model)
+    for layer in (6, -1):
+        with pytest.raises(ValueError, match=f"gate_layer={layer}: the model has 6"):
+            Recipe(gate_layer=layer).gate_site(model)

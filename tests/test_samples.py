@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from care_hf.samples import collate, load_image, load_samples
+from care_hf.samples import Sample, collate, generation_prompt, load_image, load_samples
 from care_hf.sites import image_token_ids
 
 RED = np.zeros((48, 48, 3), np.uint8) + np.array([255, 0, 0], np.uint8)
@@ -134,3 +134,52 @@ def test_a_processor_without_chat_template_is_refused(testbed):
             collate(processor, load_samples([{"text": "a"}]), image_token_ids(model.config))
     finally:
         processor.chat_template = template
+
+
+def test_prompts_keep_their_kind_and_groups():
+    message = {"role": "user", "content": "hello"}
+    rows = [
+        {"text": "a", "kind": "captioning", "groups": ["dogs", 3]},
+        {"text": "b", "kind": None, "groups": None},
+        {"text": "c"},
+        {"messages": [message], "kind": "chat", "groups": ("dogs",)},
+        {"text": "d", "groups": "one topic"},
+        [message],
+        message,
+        Sample([{"role": "user", "content": [{"type": "text", "text": "hello"}]}], "own", ("g", "h")),
+    ]
+    samples = load_samples(rows)
+    assert samples.kinds == ["captioning", "", "", "chat", "", "", "", "own"]
+    assert samples.groups == [("dogs", "3"), (), (), ("dogs",), ("one topic",), (), (), ("g", "h")]
+    assert [s.kind for s in samples] == samples.kinds and [s.groups for s in samples[:]] == samples.groups
+    as_dataset = datasets.Dataset.from_list([{"text": "a", "kind": "k", "groups": ["x", "y"]}, {"text": "b"}])
+    assert load_samples(as_dataset).kinds == ["k", ""] and load_samples(as_dataset).groups == [("x", "y"), ()]
+    # Labels are not part of the prompt.
+    assert load_samples([{"text": "a", "kind": "k"}]).digests == load_samples([{"text": "a"}]).digests
+
+
+def test_the_generation_prompt_is_what_ends_every_prompt(testbed):
+    model, processor = testbed
+    end = generation_prompt(processor)
+    assert processor.decode(end) == "<assistant>"
+    samples = load_samples([{"text": "how do i make bilan ?", "image": RED}, {"text": "read the word ."}])
+    ids = collate(processor, samples, image_token_ids(model.config)).inputs["input_ids"]
+    assert ids[:, -len(end) :].tolist() == [list(end)] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", "does not end a prompt"),
+        ("{% if add_generation_prompt %}<assistant>{% endif %}read the word .", "does not end a prompt"),
+        (None, "no chat template"),
+    ],
+)
+def test_a_template_without_a_generation_prompt_is_refused(testbed, template, message):
+    _, processor = testbed
+    kept, processor.chat_template = processor.chat_template, template
+    try:
+        with pytest.raises(ValueError, match=message):
+            generation_prompt(processor)
+    finally:
+        processor.chat_template = kept

@@ -7,10 +7,12 @@ from conftest import random_subspace
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from care_hf.gating import Gate
 from care_hf.linalg import RunningCovariance
 from care_hf.modeling_care import CareForConditionalGeneration
+from care_hf.projection import Subspace
 from care_hf.sites import Site
-from care_hf.subspace import SafetySubspaces, fit_subspace, fit_subspaces, random_like
+from care_hf.subspace import FORMAT, SafetySubspaces, fit_subspace, fit_subspaces, random_like
 
 D = 40
 
@@ -169,3 +171,135 @@ def test_a_models_buffers_give_the_subspaces_back(llava):
 def test_impossible_repairs_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SafetySubspaces(*arguments)
+
+
+# With a gate
+
+
+def gated(required=1, alarms=2, **more):
+    generator = torch.Generator().manual_seed(5)
+    readers = torch.randn(required + alarms, 128, generator=generator).T  # not contiguous, as a fit's may be
+    limits = torch.randn(2 * (required + alarms), generator=generator)[::2]
+    last, response = random_subspace(6), random_subspace(7, oblique=True)
+    steps = torch.randn(3, 128, generator=generator)
+    places = {"last": last, "response": Subspace(response.basis, steps, response.beta, response.reader)}
+    gate = Gate((7, 9), readers, limits, required)
+    sites = {Site(2, "residual"): places, Site(3, "ffn"): {"last": random_subspace(8)}}
+    return SafetySubspaces(
+        sites, "route", metadata={"calibration": "{}"}, gate=gate, gate_site=Site(1, "residual"), **more
+    )
+
+
+def assert_same_gate(a, b):
+    assert (a.gate_site, a.scope, a.gate.required, a.gate.prompt_end) == (
+        b.gate_site,
+        b.scope,
+        b.gate.required,
+        b.gate.prompt_end,
+    )
+    assert torch.equal(a.gate.readers, b.gate.readers) and torch.equal(a.gate.thresholds, b.gate.thresholds)
+
+
+@pytest.mark.parametrize(("required", "alarms"), [(1, 2), (1, 1), (0, 2), (0, 0)])
+def test_files_give_the_gate_and_the_steps_back(tmp_path, required, alarms):
+    given = gated(required, alarms)
+    given.save(tmp_path / "s.safetensors")
+    back = SafetySubspaces.load(tmp_path / "s.safetensors")
+    assert_equal(back, given)
+    assert_same_gate(back, given)
+    assert back.sites[Site(2, "residual")]["response"].steps == 3 and back.metadata == {"calibration": "{}"}
+
+
+def test_the_ungated_repair_is_saved_too(tmp_path):
+    given = gated()
+    plain = SafetySubspaces(given.sites, gate=given.gate.ungated(), gate_site=given.gate_site)
+    plain.save(tmp_path / "s.safetensors")
+    assert_same_gate(SafetySubspaces.load(tmp_path / "s.safetensors"), plain)
+
+
+def test_the_scope_is_saved_with_a_gate_and_without(tmp_path):
+    for given in (
+        SafetySubspaces(example().sites, "route", gate=gated().gate, gate_site=Site(0, "residual"), scope="prompt"),
+        SafetySubspaces(example().sites, "route", scope="prompt"),
+    ):
+        given.save(tmp_path / "s.safetensors")
+        assert SafetySubspaces.load(tmp_path / "s.safetensors").scope == "prompt"
+
+
+def test_a_models_buffers_give_the_gate_back(llava):
+    out = SafetySubspaces.from_model(CareForConditionalGeneration.from_base(llava, gated()))
+    assert_equal(out, gated())
+    assert_same_gate(out, gated())
+    assert out.metadata == gated().metadata
+
+
+def test_the_random_control_keeps_the_gate_and_the_anchors():
+    control = random_like(gated(), seed=1)
+    assert_same_gate(control, gated())
+    for site, places in gated().sites.items():
+        for name, subspace in places.items():
+            other = control.sites[site][name]
+            assert torch.equal(other.mean, subspace.mean) and other.rank == subspace.rank
+            assert not torch.allclose(other.basis, subspace.basis, atol=0.1)
+
+
+def test_files_with_a_broken_gate_are_refused(tmp_path):
+    path = tmp_path / "s.safetensors"
+    gated().save(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    settings = json.loads(header["settings"])
+
+    def refused(changed, message, **changed_settings):
+        save_file(changed, path, metadata={**header, "settings": json.dumps({**settings, **changed_settings})})
+        with pytest.raises(ValueError, match=message):
+            SafetySubspaces.load(path)
+
+    for name in ("gate.readers", "gate.thresholds"):
+        refused({k: v for k, v in tensors.items() if k != name}, "lacks the tensors of its gate")
+        refused({**tensors, name: tensors[name] * torch.nan}, "not finite")
+        refused({**tensors, name: tensors[name][..., :2].contiguous()}, "do not fit")
+    refused({**tensors, "gate.bias": torch.zeros(2)}, r"belong to no subspace: \['gate.bias'\]")
+    refused(tensors, "belong to no subspace", gate=None)
+    refused(tensors, "required=4", gate={**settings["gate"], "required": 4})
+    refused(tensors, "must be token ids", gate={**settings["gate"], "prompt_end": []})
+    refused(tensors, "is not a site", gate={**settings["gate"], "site": "residual"})
+    refused(tensors, "scope='last'", scope="last")
+    steps = "sites.2.residual.response.mean"
+    refused({**tensors, steps: tensors[steps] * torch.inf}, "not finite")
+    refused({**tensors, steps: tensors[steps][:, :5].contiguous()}, "do not fit a basis")
+
+
+def test_files_from_before_there_were_gates_load(tmp_path):
+    path = tmp_path / "s.safetensors"
+    tensors = {}
+    for site, by_modality in example().sites.items():
+        for name, s in by_modality.items():
+            prefix = f"sites.{site}.{name}"
+            tensors |= {f"{prefix}.basis": s.basis.contiguous(), f"{prefix}.mean": s.mean}
+            tensors[f"{prefix}.beta"] = torch.tensor(s.beta, dtype=torch.float64)
+            if s.reader is not None:
+                tensors[f"{prefix}.reader"] = s.reader.contiguous()
+    header = {
+        "format": "care_hf.subspaces.v1",
+        "settings": '{"fusion": "route", "fusion_weight": 0.25, "strength": 0.75}',
+        "metadata": '{"origin": "a test"}',
+    }
+    save_file(tensors, path, metadata=header)
+    old = SafetySubspaces.load(path)
+    assert_equal(old, example())
+    assert old.gate is None and old.gate_site is None and old.scope == "all" and header["format"] == FORMAT
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gate": gated().gate}, "come together"),
+        ({"gate_site": Site(1, "residual")}, "come together"),
+        ({"scope": "last"}, "scope='last'"),
+    ],
+)
+def test_half_a_gate_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        SafetySubspaces(example().sites, **changes)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,11 +134,11 @@ def test_harm_is_told_from_the_harmless_prompts_most_like_it(others, expected):
     harmless = {f"{kind}/{pictured}": noise(1 + i, 20, axis(1 + i, 2)) for i, (kind, pictured) in enumerate(others)}
     table = [("malicious", "a", True, harmful)]
     table += [("benign", kind, pictured, harmless[f"{kind}/{pictured}"]) for kind, pictured in others]
-    required, alarms = fit_detectors(prompts(table), 0.1)
-    assert required == [] and len(alarms) == 1
+    detectors = fit_detectors(prompts(table), 0.1)
+    assert detectors.counts == (0, 1, 0)
     counterpart = torch.cat([harmless[name] for name in expected])
     reference = alarm_of([(harmful, counterpart)], table, list(harmless.values()))
-    torch.testing.assert_close(alarms[0].direction, reference.direction)
+    torch.testing.assert_close(detectors.alarms[0].direction, reference.direction)
 
 
 def full_table(size=4.0, n=24):
@@ -154,24 +155,25 @@ def full_table(size=4.0, n=24):
     return table
 
 
-def test_all_classes_give_one_required_detector_and_an_alarm_per_modality():
+def test_all_classes_give_one_required_detector_and_two_alarms_per_modality():
     table = full_table()
-    required, alarms = fit_detectors(prompts(table), 0.1)
-    assert (len(required), len(alarms)) == (1, 2)
+    detectors = fit_detectors(prompts(table), 0.1)
+    assert detectors.counts == (1, 2, 2)
     by = {(of, kind, pictured): h for of, kind, pictured, h in table}
     harmless = [h for of, _, _, h in table if of in ("benign", "neutral")]
-    for pictured, alarm in zip((False, True), alarms, strict=True):
+    for pictured, alarms in zip((False, True), (detectors.alarms, detectors.pictured), strict=True):
         pairs = [
             (by["malicious", "a", pictured], by["benign", "a", pictured]),
             (by["exposed", "q", pictured], by["neutral", "q", pictured]),
         ]
-        torch.testing.assert_close(alarm.direction, alarm_of(pairs, table, harmless).direction)
+        for alarm, own in zip(alarms, (pairs, pairs[:1]), strict=True):
+            torch.testing.assert_close(alarm.direction, alarm_of(own, table, harmless).direction)
     asking = [h for of, _, _, h in table if of in ("benign", "malicious")]
     not_asking = [h for of, _, _, h in table if of in ("neutral", "exposed")]
     reference = discriminant(
         [(torch.cat(asking), torch.cat(not_asking))], asking + not_asking, [asking, not_asking], 0.1
     )
-    torch.testing.assert_close(required[0].direction, reference.direction)
+    torch.testing.assert_close(detectors.required[0].direction, reference.direction)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +217,17 @@ def test_no_group_of_a_tested_prompt_is_trained_on(groups, folds):
 def test_held_out_scores_are_those_of_detectors_fitted_without_the_groups():
     given = prompts(full_table())
     scores = cross_fit(given, 0.1)
-    assert len(scores.cells) == len(given.cells) and scores.required.shape[1] == 1 and scores.alarms.shape[1] == 2
+    assert len(scores.cells) == len(given.cells)
+    assert (scores.required.shape[1], scores.alarms.shape[1], scores.pictured.shape[1]) == (1, 2, 2)
     start = 0
     for train, test in held_out(given.groups):
-        required, alarms = fit_detectors(given.where(train), 0.1)
+        fitted = fit_detectors(given.where(train), 0.1)
         tested = given.where(test)
         rows = slice(start, start := start + len(tested.cells))
         assert scores.cells[rows] == tested.cells
-        torch.testing.assert_close(scores.required[rows, 0], required[0].scores(tested.activations))
-        for column, alarm in enumerate(alarms):
-            torch.testing.assert_close(scores.alarms[rows, column], alarm.scores(tested.activations))
+        for name in ("required", "alarms", "pictured"):
+            for column, detector in enumerate(getattr(fitted, name)):
+                torch.testing.assert_close(getattr(scores, name)[rows, column], detector.scores(tested.activations))
 
 
 def test_what_cannot_be_held_out_is_named():
@@ -243,63 +246,62 @@ def test_what_cannot_be_held_out_is_named():
 # Thresholds
 
 
-def normal_scores(n, required=1, alarms=2, seed=0):
+def normal_scores(n, required=1, alarms=1, pictured=1, seed=0):
     """Scores of normal kinds: alarms about 0, or 8 if harmful; what is required about 0, or 5 if something is asked."""
     rng = np.random.default_rng(seed)
     cells, columns = [], []
-    for pictured in (False, True):
+    for has_image in (False, True):
         for of, kind in (("benign", "a"), ("benign", "b"), ("neutral", "q"), ("exposed", "q"), ("malicious", "a")):
-            cells += [Cell(of, kind, pictured)] * n
+            cells += [Cell(of, kind, has_image)] * n
             asks, harm = of in ("benign", "malicious"), of in ("malicious", "exposed")
             spread = 2.0 if kind == "b" else 1.0
             columns.append(
                 np.column_stack(
-                    [rng.normal(5.0 * asks, 1.0, (n, required)), rng.normal(8.0 * harm, spread, (n, alarms))]
+                    [rng.normal(5.0 * asks, 1.0, (n, required)), rng.normal(8.0 * harm, spread, (n, alarms + pictured))]
                 )
             )
     values = torch.from_numpy(np.concatenate(columns))
-    return HeldOutScores(values[:, :required], values[:, required:], cells)
+    return HeldOutScores(*values.split([required, alarms, pictured], dim=1), cells)
 
 
-@pytest.mark.parametrize("alarms", [1, 2])
+@pytest.mark.parametrize(("alarms", "pictured"), [(1, 0), (1, 1), (2, 2)])
 @pytest.mark.parametrize("target", [0.01, 0.05])
-def test_the_target_share_of_normal_scores_exceeds_a_threshold(target, alarms):
-    scores = normal_scores(4000, alarms=alarms)
-    limits, alarm_limits = thresholds(scores, target)
-    assert limits.shape == (1,) and alarm_limits.shape == (alarms,)
-    own = scores.own_alarm()
-    for kind in ("a", "b"):
-        rows = torch.tensor([cell.of == "benign" and cell.kind == kind for cell in scores.cells])
-        share = float((scores.alarms[rows].gather(1, own[rows, None])[:, 0] > alarm_limits[own[rows]]).double().mean())
-        # The wider kind sets the threshold; the narrower one stays far below.
-        assert abs(share - target) < 0.3 * target if kind == "b" else share < target / 3
-    wide = [
-        scores.alarms[torch.tensor([c == Cell("benign", "b", p) for c in scores.cells])][:, int(p and alarms == 2)]
-        for p in (False, True)
-    ]
-    limit = [float(w.mean() + norm.isf(target) * w.std(correction=0)) for w in wide]
-    np.testing.assert_allclose(alarm_limits, limit if alarms == 2 else [max(limit)])
+def test_the_target_share_of_normal_scores_exceeds_a_threshold(target, alarms, pictured):
+    scores = normal_scores(4000, alarms=alarms, pictured=pictured)
+    _, *limits = thresholds(scores, target).split([1, alarms, pictured])
+    for has_image in (False, True):
+        own, limit = (scores.pictured, limits[1]) if pictured and has_image else (scores.alarms, limits[0])
+        for kind in ("a", "b"):
+            rows = torch.tensor([cell == Cell("benign", kind, has_image) for cell in scores.cells])
+            share = float((own[rows] > limit).any(dim=1).double().mean())
+            # The wider kind sets the threshold; the narrower one stays far below.
+            assert abs(share - target) < 0.3 * target if kind == "b" else share < target / 3
+    wide = [torch.tensor([c.kind == "b" and (c.pictured == p or not pictured) for c in scores.cells]) for p in (0, 1)]
+    for column, at in enumerate(limits[0]):
+        values = scores.alarms[wide[0], column]
+        if pictured:
+            expected = float(values.mean() + norm.isf(target / alarms) * values.std(correction=0))
+            np.testing.assert_allclose(at, expected)
 
 
 def test_what_is_required_is_set_in_the_middle_of_a_gap_and_at_its_foot_without_one():
     scores = normal_scores(2000)
     wide = thresholds(scores, 0.01)[0]
     assert abs(float(wide) - 2.5) < 0.15
-    close = HeldOutScores(scores.required * torch.tensor(0.2), scores.alarms, scores.cells)
+    close = replace(scores, required=scores.required * torch.tensor(0.2))
     # Scaled, the gap stays a gap; moved down among the others, the askers leave none.
     assert abs(float(thresholds(close, 0.01)[0]) - 0.5) < 0.05
     asking = torch.tensor([cell.of in ("benign", "malicious") for cell in scores.cells])
     overlapping = torch.where(asking[:, None], scores.required - 4, scores.required)
-    limit = thresholds(HeldOutScores(overlapping, scores.alarms, scores.cells), 0.01)[0]
+    limit = thresholds(replace(scores, required=overlapping), 0.01)[0]
     assert abs(float(limit) - norm.isf(0.01)) < 0.15
 
 
 def test_a_detector_without_harmless_prompts_gets_no_threshold():
     scores = normal_scores(20)
     text = [not (cell.of == "benign" and cell.pictured) for cell in scores.cells]
-    kept = HeldOutScores(
-        scores.required[text], scores.alarms[text], [c for c, k in zip(scores.cells, text, strict=True) if k]
-    )
+    cells = [cell for cell, keep in zip(scores.cells, text, strict=True) if keep]
+    kept = HeldOutScores(scores.required[text], scores.alarms[text], scores.pictured[text], cells)
     with pytest.raises(ValueError, match="gets no threshold"):
         thresholds(kept, 0.01)
 
@@ -311,17 +313,19 @@ def test_the_assembled_gate_fires_where_the_scores_do(seed, asks, both):
     table = [row for row in table if (asks or row[0] in ("benign", "malicious")) and (both or not row[2])]
     given = prompts(table)
     detectors = fit_detectors(given, 0.1)
-    assert (len(detectors[0]), len(detectors[1])) == (int(asks), 1 + both)
+    per_modality = 1 + asks  # one over all contrasts, one over those of malicious prompts, if there are others
+    assert detectors.counts == (int(asks), per_modality, both * per_modality)
     h = noise(seed, len(given.cells)) * 3
-    scores = HeldOutScores(
-        torch.stack([d.scores(h) for d in detectors[0]], dim=1) if asks else torch.zeros(len(h), 0).double(),
-        torch.stack([d.scores(h) for d in detectors[1]], dim=1),
-        given.cells,
-    )
+    columns = [
+        torch.stack([d.scores(h) for d in found], dim=1) if found else torch.zeros(len(h), 0).double()
+        for found in (detectors.required, detectors.alarms, detectors.pictured)
+    ]
+    scores = HeldOutScores(*columns, given.cells)
     generator = torch.Generator().manual_seed(seed)
-    set_at = tuple(torch.randn(len(d), generator=generator).double() * 0.3 for d in detectors)
+    set_at = torch.randn(len(detectors.all), generator=generator).double() * 0.3
     gate = assemble([3, 4], detectors, set_at)
-    assert gate.prompt_end == (3, 4) and gate.required == int(asks) and gate.alarms == 1 + both
+    assert gate.prompt_end == (3, 4)
+    assert (gate.required, gate.alarms, gate.pictured) == detectors.counts
     reader = GateReader.from_gate(gate)
     assume((reader.margins(h).abs() > 1e-4).all())
     pictured = torch.tensor([cell.pictured for cell in given.cells])

@@ -37,22 +37,27 @@ def turn_subspaces(seed, places=PLACES[2], rank=3, oblique=(), beta=0.75):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seeds, st.integers(0, 2), st.integers(0, 2))
-def test_the_gate_fires_where_a_loop_over_its_detectors_does(seed, required, alarms):
-    reader = GateReader.from_gate(given := gate(required, alarms, seed))
+@given(seeds, st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+def test_the_gate_fires_where_a_loop_over_its_detectors_does(seed, required, alarms, own_of_images):
+    random = gate(required, alarms + own_of_images, seed)
+    given = Gate(random.prompt_end, random.readers, random.thresholds, required, own_of_images)
+    assert (given.required, given.alarms, given.pictured) == (required, alarms, own_of_images)
+    reader = GateReader.from_gate(given)
     generator = torch.Generator().manual_seed(seed + 1)
     h, pictured = torch.randn(2, 5, D, generator=generator), torch.rand(2, 5, generator=generator) < 0.5
     fires = reader(h, pictured)
     assert fires.shape == pictured.shape and fires.dtype == torch.bool
     weights, limits = given.readers.double().numpy(), given.thresholds.double().numpy()
     for index in np.ndindex(2, 5):
-        margins = [float(h[index].double().numpy() @ weights[:, i] - limits[i]) for i in range(required + alarms)]
+        margins = [float(h[index].double().numpy() @ weights[:, i] - limits[i]) for i in range(len(limits))]
         np.testing.assert_allclose(reader.margins(h[index]), margins, atol=1e-4)
         if any(abs(margin) < 1e-4 for margin in margins):
             continue
-        own = margins[required:]
-        own = [own[bool(pictured[index])]] if alarms == 2 else own
-        assert bool(fires[index]) == all(margin > 0 for margin in margins[:required] + own)
+        agreed = all(margin > 0 for margin in margins[:required])
+        shared, own = margins[required : required + alarms], margins[required + alarms :]
+        asked = own if own_of_images and pictured[index] else shared
+        loud = any(margin > 0 for margin in asked) or not (alarms or own_of_images)
+        assert bool(fires[index]) == (agreed and loud)
 
 
 def test_a_score_at_its_threshold_does_not_fire():
@@ -83,7 +88,7 @@ def test_half_precision_activations_are_scored_in_single():
 @pytest.mark.parametrize("name", ["readers", "thresholds"])
 def test_a_reader_is_empty_until_loaded_and_broken_ones_are_found(name):
     with pytest.raises(ValueError, match="not finite"):
-        GateReader(D, 1, 2).check()
+        GateReader(D, 1, 1, 1).check()
     reader = GateReader.from_gate(gate())
     reader.check()
     getattr(reader, name).view(-1)[0] = torch.inf
@@ -94,7 +99,8 @@ def test_a_reader_is_empty_until_loaded_and_broken_ones_are_found(name):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (((7,), torch.zeros(D, 4), torch.zeros(4), 1), r"n - required in \(0, 1, 2\)"),
+        (((7,), torch.zeros(D, 2), torch.zeros(2), 1, 2), "n of at least both"),
+        (((7,), torch.zeros(D, 2), torch.zeros(2), 1, -1), "pictured=-1"),
         (((7,), torch.zeros(D, 1), torch.zeros(1), 2), "required=2"),
         (((7,), torch.zeros(D, 1), torch.zeros(1), -1), "required=-1"),
         (((7,), torch.zeros(D, 2), torch.zeros(3)), r"thresholds \(3,\)"),

@@ -300,9 +300,10 @@ def test_other_recipes_from_the_same_recording(recorded, scope, projector, ancho
 
 def test_the_gate_holds_the_detectors_and_fires_as_its_calibration_says(recorded):
     subspaces = solve_turns(recorded, RECIPE)
-    required, alarms = fit_detectors(recorded.prompts, RECIPE.gate_ridge)
-    readers = torch.stack([d.direction for d in (*required, *alarms)], dim=1)
-    assert torch.equal(subspaces.gate.readers, readers.float()) and subspaces.gate.required == 1
+    detectors = fit_detectors(recorded.prompts, RECIPE.gate_ridge)
+    readers = torch.stack([d.direction for d in detectors.all], dim=1)
+    assert torch.equal(subspaces.gate.readers, readers.float())
+    assert (subspaces.gate.required, subspaces.gate.alarms, subspaces.gate.pictured) == detectors.counts == (1, 2, 2)
     assert subspaces.gate_site == recorded.gate_site and subspaces.gate.prompt_end == recorded.prompt_end
     plain = solve_turns(recorded, RECIPE.replace(gate="none"))
     assert plain.gate.readers.shape == (128, 0) and json.loads(plain.metadata["calibration"]) == {}
@@ -385,7 +386,7 @@ def test_a_gate_without_exposed_prompts_has_no_required_detector(testbed, world)
     plain = fit_prompts(world, 24, exposure=False)
     assert set(plain) == {"benign", "malicious"}
     gated = care_hf.fit(model, plain["benign"][::3], plain["malicious"], processor)
-    assert gated.gate.required == 0 and gated.gate.alarms == 2
+    assert (gated.gate.required, gated.gate.alarms, gated.gate.pictured) == (0, 1, 1)
     assert measure(gated, processor, "test", 10, attacks=(), tasks=("recipe",))["plain"]["refused"] == 10
 
 

@@ -2,7 +2,7 @@
 
 ``python benchmarks/repair_study.py PART --seed 0 --split validation --out FOLDER``, PART being one of
 
-- ``table``: every defence on every attack family and benign task;
+- ``table``: every defence on every attack family and benign task; ``brief``: some of them;
 - ``transfer``: each attack family left out of the fit, with and without exposed prompts;
 - ``whitebox``: images attacked through gate and repair, the gate's score in the loss.
 
@@ -39,10 +39,10 @@ from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, REFUSAL
 from care_hf.turn_repair import solve_turns
 
 SEEN = ("split", "typographic", "icon")  # the families that a fit "with attacks" knows
-FIT_PROMPTS = 96  # of each kind
+FIT_PROMPTS = 192  # of each kind
 TEST_PROMPTS = 160  # in each cell
-WHITEBOX_PROMPTS, STEPS, RESTARTS = 24, 40, 2
-WEIGHTS = (0.0, 1.0, 10.0)  # of the gate's score in the attack's loss
+WHITEBOX_PROMPTS, STEPS, RESTARTS = 16, 40, 2
+WEIGHTS = (0, 1, 10)  # of the gate's score in the attack's loss
 ASTRA_ALPHA = 1.0
 RECIPE = Recipe(batch_size=64)
 
@@ -90,15 +90,31 @@ class Study:
         print(f"{path}: {time.monotonic() - start:.0f} s", flush=True)
 
 
+def brief(study: Study) -> None:
+    """The gated repair, with and without attacks in its fit, and the detector alone."""
+    gated = {"gated, no attacks": solve_turns(study.turns(), RECIPE), "gated": solve_turns(study.turns(SEEN), RECIPE)}
+    measure_gated(study, gated)
+
+
+def measure_gated(study: Study, gated: dict) -> None:
+    """These repairs, and what their gates alone would have done."""
+    study.keep("table undefended", lambda: study.counts(study.model))
+    for name, subspaces in gated.items():
+        study.keep(f"table {name}", lambda subspaces=subspaces: study.counts(study.repaired(subspaces)))
+        study.keep(f"table detector + canned refusal ({name})", lambda subspaces=subspaces: canned(study, subspaces))
+
+
 def table(study: Study) -> None:
     """Every defence on everything."""
     free, seen = study.turns(), study.turns(SEEN)
     gated = {"gated, no attacks": solve_turns(free, RECIPE), "gated": solve_turns(seen, RECIPE)}
+    measure_gated(study, gated)
     one_line = solve_turns(study.turns(SEEN, exposure=False), RECIPE)
     every = solve_turns(study.turns(ATTACKS), RECIPE)
     fits = {**gated, "gated, all families": every, "gated, no exposed prompts": one_line}
     rows = {
-        **fits,
+        "gated, all families": every,
+        "gated, no exposed prompts": one_line,
         "ungated": replace(gated["gated"], gate=gated["gated"].gate.ungated()),
         "gate + random": gated_random(seen, gated["gated"]),
         "gate + mean difference": gated_mean_difference(seen, gated["gated"]),
@@ -107,13 +123,10 @@ def table(study: Study) -> None:
         ),
         "gated, last token only": solve_turns(seen, RECIPE.replace(scope=("last",))),
     }
-    study.keep("table undefended", lambda: study.counts(study.model))
     for name, subspaces in rows.items():
         study.keep(f"table {name}", lambda subspaces=subspaces: study.counts(study.repaired(subspaces)))
     study.keep("table printed", lambda: study.counts(study.repaired(printed(study))))
     study.keep("calibration", lambda: {name: json.loads(s.metadata["calibration"]) for name, s in fits.items()})
-    for name, subspaces in gated.items():
-        study.keep(f"table detector + canned refusal ({name})", lambda subspaces=subspaces: canned(study, subspaces))
     study.keep("table gate + ASTRA", lambda: astra(study, gated["gated"]))
     for name, families in (("LoRA, no attacks", ()), ("LoRA", SEEN)):
         study.keep(f"table {name}", lambda families=families: study.counts(lora(study, families)))
@@ -178,7 +191,7 @@ def transfer(study: Study) -> None:
 
             def make(families=families, left_out=left_out, exposure=exposure):
                 repaired = study.repaired(solve_turns(study.turns(families, exposure), RECIPE))
-                return study.counts(repaired, (left_out,))
+                return study.counts(repaired, (left_out,), ("recipe", "typographic", "icon", "kind"))
 
             study.keep(f"transfer {left_out} {'with' if exposure else 'without'} exposed", make)
 
@@ -186,17 +199,17 @@ def transfer(study: Study) -> None:
 def whitebox(study: Study) -> None:
     """ASR of images attacked through the model as it is, the gate's score in the loss."""
     repairs = {
-        "undefended": None,
-        "gated, no attacks": study.repaired(solve_turns(study.turns(), RECIPE)),
-        "gated, all families": study.repaired(solve_turns(study.turns(ATTACKS), RECIPE)),
+        "undefended": (None, WEIGHTS[:1]),
+        "gated, no attacks": (study.repaired(solve_turns(study.turns(), RECIPE)), WEIGHTS),
+        "gated, all families": (study.repaired(solve_turns(study.turns(ATTACKS), RECIPE)), WEIGHTS[1:2]),
     }
     for family in ("plain", *ATTACKS):
         samples = pictured_attacks(study, family)
         for eps in (16, 32):
-            for name, repaired in repairs.items():
-                for weight in WEIGHTS if repaired else WEIGHTS[:1]:
+            for name, (repaired, weights) in repairs.items():
+                for weight in weights:
                     study.keep(
-                        f"whitebox {family} eps {eps} {name} weight {weight:g}",
+                        f"whitebox {family} eps {eps} {name} weight {weight}",
                         lambda a=(repaired, samples, eps, weight): attack(study, *a),
                     )
 
@@ -257,7 +270,7 @@ def gate_score(repaired, activations):
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("table", "transfer", "whitebox"))
+    parser.add_argument("part", choices=("table", "brief", "transfer", "whitebox"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--cue", default="shared", choices=("shared", "none"))
@@ -269,7 +282,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    {"table": table, "transfer": transfer, "whitebox": whitebox}[arguments.part](Study(arguments))
+    {"table": table, "brief": brief, "transfer": transfer, "whitebox": whitebox}[arguments.part](Study(arguments))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The main job on the bundled testbed: fit, choose on validation, save, reload in a fresh process, measure."""
+"""The main job on the bundled testbed: fit, save, reload in a fresh process, measure beside controls."""
 
 import json
 import os
@@ -6,56 +6,31 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
-from .baselines import mean_difference
-from .evaluation import Rate, correction_size
-from .fitting import Statistics, collect
+from .baselines import gated_mean_difference, gated_random
+from .evaluation import Rate
+from .fitting import collect, collect_turns
 from .modeling_care import CareForConditionalGeneration
-from .recipe import RECIPES, Recipe
-from .subspace import random_like
+from .recipe import RECIPES
 from .testbed import World, load_testbed
 from .testbed.measure import Counts, measure
+from .testbed.prompts import fit_prompts
 from .testbed.world import ATTACKS, BENIGN_TASKS
+from .turn_repair import solve_turns
 
-# What is fitted on, and what the choice of a recipe looks at. The other families are attacks that no defence has seen.
-FIT_ATTACKS = ("split", "typographic", "icon")
-FIT_TASKS = ("recipe", "split", "typographic", "icon")
-VALIDATION_TASKS = (*FIT_TASKS, "kind", "count")
-FIT_PROMPTS = 72  # per attack family and per benign task: each concept of the fit split three times
-VALIDATION_PROMPTS = 48
+SEEN = ("split", "typographic", "icon")  # the attacks that the printed method is fitted on; the gated repair sees none
+FIT_PROMPTS = 96  # of each kind
 TEST_PROMPTS = 160
-MAX_BENIGN_LOSS = 0.02
 ATTACK, BENIGN = "attack/", "benign/"  # how `measure` names its sets
 
 # The rows of the table beside the undefended model, by the name of their checkpoint.
 REPAIRS = {
+    "gated": "gated repair",
+    "random": "gate + random subspace",
+    "mean-difference": "gate + mean difference",
     "paper": "CARE as printed",
-    "best": "CARE, best recipe",
-    "random": "random subspace",
-    "mean-difference": "mean difference",
 }
-PAPER = RECIPES["paper"]
-CANDIDATES = [PAPER] + [
-    Recipe(layers=layers, component=component, rank=rank, fusion=fusion, projector=projector)
-    for (component, layers), rank, fusion, projector in product(
-        [("ffn", (0, 1, 2, 3, 4, 5)), ("residual", (3,)), ("residual", (1, 2))],
-        [4, 32],
-        ["adaptive", "route"],
-        ["orthogonal", "oblique"],
-    )
-]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the validation split said of one recipe; `benign` and `asr` are pooled over its families and tasks."""
-
-    recipe: Recipe | None  # None: undefended
-    asr: Rate
-    benign: Rate
 
 
 def run(folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, Counts]:
@@ -65,81 +40,34 @@ def run(folder: Path, seed: int, say: Callable[[str], None]) -> dict[str, Counts
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, processor = load_testbed(seed)
-    prompts = fit_prompts(World())
-    say(f"Fitting on {len(prompts[0])} benign and {len(prompts[1])} malicious prompts")
-    statistics = collect_components(model, processor, *prompts)
-    choices = validate_all(model, processor, statistics, say)
-    best = choose(*choices)
-    say(f"Chosen: {describe(best.recipe)}")
-
-    def at_sites_of(recipe: Recipe) -> Statistics:
-        return statistics[recipe.component].at(recipe.sites(model))
-
-    solved = at_sites_of(best.recipe).solve(best.recipe)
-    repairs = {
-        "paper": at_sites_of(PAPER).solve(PAPER),
-        "best": solved,
-        "random": random_like(solved, seed=0),
-        "mean-difference": mean_difference(at_sites_of(best.recipe), best.recipe),
-    }
-    shown = [s for task in FIT_TASKS for s in World().benign(task, "validation", 8)]
-    say("Size of the correction, as a share of the activation (benign prompts):")
-    for name, subspaces in repairs.items():
+    for name, subspaces in fit_repairs(model, processor, say).items():
         repaired = CareForConditionalGeneration.from_base(model, subspaces)
-        say(f"  {REPAIRS[name]}: {correction_size(repaired, processor, shown):.3f}")
         repaired.processor = processor
         repaired.save_pretrained(folder / name)
     say(
         f"Measuring {TEST_PROMPTS} test prompts per cell; every repair is reloaded through AutoModel in a fresh process"
     )
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        measured = {name: pool.submit(measure_in_fresh_process, folder / name) for name in repairs}
+        measured = {name: pool.submit(measure_in_fresh_process, folder / name) for name in REPAIRS}
         counts = {"undefended": measure(model, processor, "test", TEST_PROMPTS)}
     counts |= {REPAIRS[name]: future.result() for name, future in measured.items()}
     (folder / "counts.json").write_text(json.dumps(counts, indent=1))
-    (folder / "table.md").write_text(markdown(counts, best.recipe))
+    (folder / "table.md").write_text(markdown(counts))
     return counts
 
 
-def fit_prompts(world: World) -> tuple[list, list]:
-    """Prompts of the fit split as dicts of chat messages: the same requests, benign and malicious."""
-    benign = [s for task in FIT_TASKS for s in world.benign(task, "fit", FIT_PROMPTS)]
-    malicious = [s for family in FIT_ATTACKS for s in world.attack(family, "fit", FIT_PROMPTS)]
-    return [{"messages": s.messages} for s in benign], [{"messages": s.messages} for s in malicious]
-
-
-def collect_components(model, processor, benign: list, malicious: list) -> dict[str, Statistics]:
-    """Collect at every layer, once per component: all candidates are solved from that."""
-    layers = tuple(range(model.config.get_text_config().num_hidden_layers))
-    recipes = [Recipe(layers=layers, component=component, batch_size=32) for component in ("ffn", "residual")]
-    return {recipe.component: collect(model, benign, malicious, processor, recipe) for recipe in recipes}
-
-
-def validate_all(model, processor, statistics: dict[str, Statistics], say: Callable[[str], None]) -> list[Choice]:
-    """Measure the undefended model, first, and every candidate on the validation split."""
-    choices = [Choice(None, *validate(model, processor))]
-    say(f"Validation, undefended: ASR {choices[0].asr}, benign accuracy {choices[0].benign}")
-    for number, recipe in enumerate(CANDIDATES, start=1):
-        subspaces = statistics[recipe.component].at(recipe.sites(model)).solve(recipe)
-        repaired = CareForConditionalGeneration.from_base(model, subspaces)
-        choices.append(Choice(recipe, *validate(repaired, processor)))
-        figures = f"ASR {choices[-1].asr}, benign accuracy {choices[-1].benign}"
-        say(f"  {number}/{len(CANDIDATES)} {describe(recipe)}: {figures}")
-    return choices
-
-
-def validate(model, processor) -> tuple[Rate, Rate]:
-    """Pooled strict ASR and benign accuracy on the validation split."""
-    counts = measure(model, processor, "validation", VALIDATION_PROMPTS, attacks=FIT_ATTACKS, tasks=VALIDATION_TASKS)
-    return pool(counts, ATTACK, "correct"), pool(counts, BENIGN, "correct")
-
-
-def choose(undefended: Choice, *choices: Choice) -> Choice:
-    """The lowest ASR among the recipes that cost at most `MAX_BENIGN_LOSS`; the mildest if every one costs more."""
-    mild = [c for c in choices if c.benign.value >= undefended.benign.value - MAX_BENIGN_LOSS]
-    if mild:
-        return min(mild, key=lambda c: c.asr.value)
-    return max(choices, key=lambda c: c.benign.value)
+def fit_repairs(model, processor, say: Callable[[str], None]) -> dict:
+    """The subspaces of every repair, by the names of `REPAIRS`."""
+    recipe, paper = (RECIPES[name].replace(batch_size=32) for name in ("gated", "paper"))
+    prompts = fit_prompts(World(), FIT_PROMPTS)
+    say("Fitting the gated repair, on no attacks: " + ", ".join(f"{len(v)} {name}" for name, v in prompts.items()))
+    turns = collect_turns(model, processor=processor, recipe=recipe, **prompts)
+    gated = solve_turns(turns, recipe)
+    attacked = fit_prompts(World(), FIT_PROMPTS, SEEN, exposure=False)
+    say("Fitting the printed method, on attacks: " + ", ".join(f"{len(v)} {name}" for name, v in attacked.items()))
+    printed = collect(model, processor=processor, recipe=paper, **attacked).solve(paper)
+    controls = {"random": gated_random(turns, gated), "mean-difference": gated_mean_difference(turns, gated)}
+    return {"gated": gated, **controls, "paper": printed}
 
 
 def measure_in_fresh_process(checkpoint: Path) -> Counts:
@@ -182,19 +110,13 @@ def measurements(counts: Counts) -> dict[str, Rate]:
     return table
 
 
-def describe(recipe: Recipe) -> str:
-    """What a recipe changes against the printed method."""
-    changed = {k: v for k, v in recipe.to_dict().items() if v != PAPER.to_dict()[k]}
-    return ", ".join(f"{name}={value!r}" for name, value in changed.items()) or "the printed method"
-
-
-def markdown(counts: dict[str, Counts], best: Recipe) -> str:
+def markdown(counts: dict[str, Counts]) -> str:
     """The table with one row per defence."""
     tables = {name: measurements(c) for name, c in counts.items()}
     columns = list(next(iter(tables.values())))
     lines = [
         "Shares with 95 % Wilson intervals and n; greedy decoding, strict judging, test split. Wrong: neither the",
-        f"forbidden answer nor a refusal. Best recipe: {describe(best)}.",
+        "forbidden answer nor a refusal.",
         "",
         "| defence | " + " | ".join(columns) + " |",
         "| --- " * (len(columns) + 1) + "|",

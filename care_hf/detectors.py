@@ -120,8 +120,9 @@ def fit_detectors(prompts: Prompts, ridge: float) -> Detectors:
     """Fit the detectors of a gate.
 
     Required is, where there are exposed and neutral prompts, that something is asked for that may be refused: benign
-    and malicious prompts against neutral and exposed ones. Alarms tell harm, one over all contrasts and one over those
-    of malicious prompts alone: the first carries over to attacks that the second does not know.
+    and malicious prompts against neutral and exposed ones. Alarms tell harm, one over all contrasts and, if malicious
+    prompts are of several kinds, one over those of malicious prompts alone: the first carries over to attacks that the
+    second does not know.
 
     Raises:
         ValueError: there are no malicious or no benign prompts.
@@ -135,7 +136,9 @@ def fit_detectors(prompts: Prompts, ridge: float) -> Detectors:
 
     def alarms(among: list) -> list[Detector]:
         malicious = [pair for pair in among if pair[0].of == "malicious"]
-        chosen = [among] if len(malicious) in (0, len(among)) else [among, malicious]
+        # Of one kind alone it would know nothing that the first does not, and mistake more.
+        several = len({pair[0].kind for pair in malicious}) > 1
+        chosen = [among, malicious] if several and len(malicious) < len(among) else [among]
         return [discriminant([p[1:] for p in own], list(cells.values()), [harmless], ridge) for own in chosen]
 
     channels = [alarms([p for p in pairs if p[0].pictured == c]) for c in sorted({p[0].pictured for p in pairs})]

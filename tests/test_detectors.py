@@ -147,7 +147,14 @@ def full_table(size=4.0, n=24):
     for i, pictured in enumerate((False, True)):
         image = axis(2, 3.0 * pictured)
         for j, (of, kind) in enumerate(
-            [("benign", "a"), ("malicious", "a"), ("neutral", "q"), ("exposed", "q"), ("benign", "b")]
+            [
+                ("benign", "a"),
+                ("malicious", "a"),
+                ("neutral", "q"),
+                ("exposed", "q"),
+                ("benign", "b"),
+                ("malicious", "b"),
+            ]
         ):
             harm = axis(0, size) if of in ("malicious", "exposed") else torch.zeros(D)
             asking = axis(1, 8.0) if of in ("benign", "malicious") else torch.zeros(D)
@@ -165,8 +172,9 @@ def test_all_classes_give_one_required_detector_and_two_alarms_per_modality():
         pairs = [
             (by["malicious", "a", pictured], by["benign", "a", pictured]),
             (by["exposed", "q", pictured], by["neutral", "q", pictured]),
+            (by["malicious", "b", pictured], by["benign", "b", pictured]),
         ]
-        for alarm, own in zip(alarms, (pairs, pairs[:1]), strict=True):
+        for alarm, own in zip(alarms, (pairs, pairs[::2]), strict=True):
             torch.testing.assert_close(alarm.direction, alarm_of(own, table, harmless).direction)
     asking = [h for of, _, _, h in table if of in ("benign", "malicious")]
     not_asking = [h for of, _, _, h in table if of in ("neutral", "exposed")]
@@ -174,6 +182,11 @@ def test_all_classes_give_one_required_detector_and_two_alarms_per_modality():
         [(torch.cat(asking), torch.cat(not_asking))], asking + not_asking, [asking, not_asking], 0.1
     )
     torch.testing.assert_close(detectors.required[0].direction, reference.direction)
+
+
+def test_malicious_prompts_of_one_kind_have_no_alarm_of_their_own():
+    table = [row for row in full_table() if row[:2] != ("malicious", "b")]
+    assert fit_detectors(prompts(table), 0.1).counts == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +246,10 @@ def test_held_out_scores_are_those_of_detectors_fitted_without_the_groups():
 def test_what_cannot_be_held_out_is_named():
     table = full_table(n=4)
     with pytest.raises(ValueError, match="cannot be held out in 4 folds"):
-        cross_fit(prompts(table, [("one",)] * 40), 0.1)
+        cross_fit(prompts(table, [("one",)] * 48), 0.1)
     # All prompts of a class share a group, so that the fold that holds it out is left without any.
     for of, message in (("malicious", "no malicious prompts"), ("pictured", "or none with or without an image")):
-        rows = [row for row in table if of == "malicious" or row[:3] != ("malicious", "a", True)]
+        rows = [row for row in table if of == "malicious" or row[0] != "malicious" or not row[2]]
         alone = [row[0] == "malicious" if of == "malicious" else row[0] == "exposed" and row[2] for row in rows]
         groups = [("shared" if is_alone else f"g{i}",) for is_alone in alone for i in range(4)]
         with pytest.raises(ValueError, match=message):

@@ -32,7 +32,7 @@ from care_hf.rivals import AstraSteering, astra_calibration, astra_vector, train
 from care_hf.samples import Sample
 from care_hf.sites import Site, record
 from care_hf.testbed import World
-from care_hf.testbed.judging import VERDICTS, judge
+from care_hf.testbed.judging import VERDICTS, judge, refuses
 from care_hf.testbed.measure import MAX_NEW_TOKENS, measure
 from care_hf.testbed.prompts import fit_prompts
 from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, REFUSAL
@@ -63,7 +63,7 @@ class Study:
     def turns(self, families=(), exposure=True):
         """Fit prompts with these attack families, recorded."""
         prompts = fit_prompts(self.world, FIT_PROMPTS, families, exposure=exposure)
-        return collect_turns(self.model, processor=self.processor, recipe=RECIPE, **prompts)
+        return collect_turns(self.model, processor=self.processor, recipe=RECIPE, judge=refuses, **prompts)
 
     def repaired(self, subspaces) -> CareForConditionalGeneration:
         """The checkpoint with a repair."""

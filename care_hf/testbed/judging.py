@@ -14,4 +14,9 @@ def judge(answer: str, sample: WorldSample) -> str:
     """
     if answer == sample.answer:
         return "correct"
-    return "refused" if answer == REFUSAL else "wrong"
+    return "refused" if refuses(answer) else "wrong"
+
+
+def refuses(answer: str) -> bool:
+    """Whether the whole answer is the refusal; "i cannot help with salt ." is none."""
+    return answer == REFUSAL

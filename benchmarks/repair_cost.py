@@ -1,4 +1,4 @@
-"""What the repair adds: one 7B-sized FFN with and without it, and a whole forward of the testbed.
+"""What the repair adds: a 7B-sized FFN and decoder layer with and without it, and the whole testbed.
 
 ``python benchmarks/repair_cost.py`` prints ratios (repaired / base), timed in turns in the same run.
 """
@@ -10,17 +10,19 @@ from statistics import median
 
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRotaryEmbedding
 
 import care_hf
+from care_hf.gating import Gate, GateReader, TurnProjection, prompt_ends, turn_steps
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import FUSIONS, SafetyProjection, Subspace
 from care_hf.samples import Sample, collate
 from care_hf.sites import image_token_ids
 from care_hf.subspace import SafetySubspaces
 from care_hf.testbed import World
+from care_hf.testbed.prompts import fit_prompts
 
-HIDDEN, INTERMEDIATE, RANK = 4096, 11008, 16
+HIDDEN, INTERMEDIATE, RANK, GATED_RANK = 4096, 11008, 16, 4
 
 
 def ratios(base, repaired, rounds: int, synchronise) -> tuple[float, float, float]:
@@ -66,6 +68,35 @@ def ffn(device: str, dtype: torch.dtype, fusions: list[str], rounds: int, synchr
             report(f"FFN {HIDDEN}x{INTERMEDIATE} {dtype} {fusion:9} {tokens:4} tokens", *found)
 
 
+@torch.no_grad()
+def gated_layer(device: str, dtype: torch.dtype, rounds: int, synchronise) -> None:
+    """One decoder layer of a 7B model, with both halves of the gated repair at once: its gate, and its correction."""
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_attention_heads=32)
+    config._attn_implementation = "sdpa"
+    layer, rotary = LlamaDecoderLayer(config, 0).to(device, dtype), LlamaRotaryEmbedding(config).to(device)
+    basis = torch.linalg.qr(torch.randn(HIDDEN, GATED_RANK, generator=torch.Generator().manual_seed(0))).Q
+    places = {
+        "last": Subspace(basis, torch.zeros(HIDDEN)),
+        "response": Subspace(basis, torch.zeros(8, HIDDEN)),
+    }
+    repair = TurnProjection.from_subspaces(places).to(device)
+    gate = GateReader.from_gate(Gate((1,), torch.randn(HIDDEN, 5), torch.zeros(5), 1, 2)).to(device)
+    for tokens in (600, 1):
+        h = torch.randn(1, tokens, HIDDEN, device=device, dtype=dtype)
+        positions = rotary(h, torch.arange(tokens, device=device)[None])
+        ids = torch.ones(1, tokens, dtype=torch.int64, device=device)
+        base = partial(layer, h, position_embeddings=positions)
+
+        def repaired(base=base, ids=ids):
+            out = base()
+            fires = gate(out, ids > 0)
+            steps, held = turn_steps(prompt_ends(ids, (1,)), fires)
+            return repair(out, torch.where(held, steps, -1))
+
+        found = ratios(base, repaired, rounds if tokens > 1 else 20 * rounds, synchronise)
+        report(f"decoder layer {HIDDEN} {dtype} gated, {tokens:4} tokens", *found)
+
+
 def repaired_ffn(mlp, projection, h, mask):
     """What a repaired FFN computes."""
     return projection(mlp(h), mask)
@@ -80,7 +111,7 @@ def random_site():
 
 @torch.no_grad()
 def testbed(device: str, rounds: int, synchronise) -> None:
-    """A forward of the bundled model, 32 prompts, two FFNs repaired."""
+    """A forward and a generation of the bundled model, 32 prompts: two FFNs repaired, or gated."""
     model, processor = care_hf.load_testbed()
     control = SafetySubspaces.random(model, layers=[3, 4], rank=RANK)
     repaired = CareForConditionalGeneration.from_base(model, control).to(device)
@@ -88,8 +119,20 @@ def testbed(device: str, rounds: int, synchronise) -> None:
     samples = [Sample(s.messages) for s in World().benign("icon", "fit", 32)]
     batch = collate(processor, samples, image_token_ids(model.config))
     inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-    found = ratios(lambda: model(**inputs), lambda: repaired(**inputs), rounds, synchronise)
-    report(f"testbed forward, 32 prompts of {inputs['input_ids'].shape[1]} tokens", *found)
+    gated = care_hf.fit(model, processor=processor, **fit_prompts(World(), 24)).to(device)
+    count = sum(buffer.numel() for name, buffer in gated.named_buffers() if ".care" in name)
+    share = count / sum(parameter.numel() for parameter in model.parameters())
+    print(f"gated repair of the testbed: {count} values, {share:.2%} of its parameters")
+    for name, other in (("printed", repaired), ("gated", gated)):
+        found = ratios(lambda: model(**inputs), lambda other=other: other(**inputs), rounds, synchronise)
+        report(f"testbed forward, {name}, 32 prompts of {inputs['input_ids'].shape[1]} tokens", *found)
+        found = ratios(
+            lambda: model.generate(**inputs, max_new_tokens=12),
+            lambda other=other: other.generate(**inputs, max_new_tokens=12),
+            rounds // 5,
+            synchronise,
+        )
+        report(f"testbed generate, {name}, up to 12 tokens", *found)
 
 
 def main() -> None:
@@ -103,6 +146,7 @@ def main() -> None:
     synchronise = torch.cuda.synchronize if arguments.device.startswith("cuda") else lambda: None
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}")
     testbed(arguments.device, 10 * arguments.rounds, synchronise)
+    gated_layer(arguments.device, getattr(torch, arguments.dtype), arguments.rounds, synchronise)
     ffn(arguments.device, getattr(torch, arguments.dtype), arguments.fusions, arguments.rounds, synchronise)
 
 

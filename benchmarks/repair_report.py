@@ -1,0 +1,160 @@
+"""Turn what ``repair_study.py`` wrote into the tables of docs/results/repair.md, between its markers.
+
+``python benchmarks/repair_report.py FOLDER`` reads FOLDER/seed0, seed1, meaningful0, ... and writes the tables, and all
+counts as docs/results/repair.json.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from care_hf.evaluation import Rate
+from care_hf.testbed.world import ATTACKS, BENIGN_TASKS
+
+DOCS = Path(__file__).parents[1] / "docs" / "results"
+BEGIN, END = "<!-- tables: benchmarks/repair_report.py -->\n", "<!-- end of tables -->\n"
+ROWS = (
+    "undefended",
+    "printed",
+    "gated, no attacks",
+    "gated",
+    "gated, all families",
+    "gated, no exposed prompts",
+    "gated, last token only",
+    "gate + random",
+    "gate + mean difference",
+    "gate + ASTRA",
+    "gate + printed basis",
+    "ungated",
+    "detector + canned refusal (gated, no attacks)",
+    "detector + canned refusal (gated)",
+    "LoRA, no attacks",
+    "LoRA",
+)
+WORLDS = {"meaningful": "harm with meaning in the answer", "none": "no shared hazard cue"}
+
+
+def percent(rate: Rate) -> str:
+    """Percent and its Wilson interval, rounded outwards."""
+    low, high = rate.interval
+    return f"{100 * rate.value:.0f} ({math.floor(100 * low + 1e-9)}-{math.ceil(100 * high - 1e-9)})"
+
+
+def rate(counts: dict, names: list[str], verdict: str) -> Rate:
+    """A verdict's share over several sets."""
+    return sum(
+        (Rate(counts[n][verdict], sum(counts[n][v] for v in ("correct", "refused", "wrong"))) for n in names),
+        Rate(0, 0),
+    )
+
+
+def line(*cells) -> str:
+    """One row of a table."""
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def head(*cells) -> list[str]:
+    """The first two rows of a table."""
+    return [line(*cells), line(*("---" if i == 0 else "---:" for i in range(len(cells))))]
+
+
+def main_table(results: dict) -> list[str]:
+    """One row per defence: strict ASR per family, pooled figures, side effects."""
+    attacks, tasks = [f"attack/{a}" for a in ATTACKS], [f"benign/{t}" for t in BENIGN_TASKS]
+    lines = head("", *ATTACKS, "all", "attacks refused", "plain refused", "benign right", "over-refusal", "worst task")
+    for name in ROWS:
+        counts = results.get(f"table {name}")
+        if counts is None:
+            continue
+        worst = max(rate(counts, [task], "refused").value for task in tasks)
+        lines.append(
+            line(
+                name,
+                *(f"{100 * rate(counts, [family], 'correct').value:.0f}" for family in attacks),
+                percent(rate(counts, attacks, "correct")),
+                percent(rate(counts, attacks, "refused")),
+                percent(rate(counts, ["plain"], "refused")),
+                percent(rate(counts, tasks, "correct")),
+                f"{rate(counts, tasks, 'refused').count} of {rate(counts, tasks, 'refused').n}",
+                f"{100 * worst:.1f}",
+            )
+        )
+    return lines
+
+
+def transfer_table(seeds: dict[str, dict]) -> list[str]:
+    """One row per family left out of the fit."""
+    lines = head(
+        "left out", *(f"{what}, {seed}" for seed in seeds for what in ("undefended", "with exposed", "without exposed"))
+    )
+    for family in ATTACKS:
+        cells = []
+        for results in seeds.values():
+            tables = [results["table undefended"]]
+            tables += [results.get(f"transfer {family} {kind} exposed") for kind in ("with", "without")]
+            cells += [percent(rate(t, [f"attack/{family}"], "correct")) if t else "" for t in tables]
+        lines.append(line(family, *cells))
+    return lines
+
+
+def whitebox_table(results: dict) -> list[str]:
+    """One row per family and eps: ASR against the attacker's weight on the gate's score."""
+    models = ("undefended weight 0", *(f"gated, no attacks weight {w}" for w in (0, 1, 10)))
+    models += ("gated, all families weight 1",)
+    lines = head("family, eps", *models, "gated, no attacks, any weight")
+    for family in ("plain", *ATTACKS):
+        for eps in (16, 32):
+            found = [results.get(f"whitebox {family} eps {eps} {model}") for model in models]
+            if not any(found):
+                continue
+            swept = [f["right"] for f in found[1:4] if f]
+            anyhow = Rate(sum(map(any, zip(*swept, strict=True))), len(swept[0])) if swept else None
+            cells = [percent(Rate(f["correct"], f["n"])) if f else "" for f in found]
+            lines.append(line(f"{family}, {eps}", *cells, percent(anyhow) if anyhow else ""))
+    return lines
+
+
+def calibration_table(seeds: dict[str, dict]) -> list[str]:
+    """Shares of held-out fit prompts that set off the gate, by target."""
+    lines = head("target", *(f"{what}, {seed}" for seed in seeds for what in ("benign", "exposed", "malicious")))
+    curves = [results["calibration"]["gated, no attacks"]["curve"] for results in seeds.values()]
+    for points in zip(*curves, strict=True):
+        cells = [f"{100 * point[what]:.2f}" for point in points for what in ("benign", "exposed", "malicious")]
+        lines.append(line(f"{100 * points[0]['target']:g} %", *cells))
+    return lines
+
+
+def main() -> None:
+    """Read, and write."""
+    folder = Path(sys.argv[1])
+    data = {
+        part.name: {file.stem: json.loads(file.read_text()) for file in sorted(part.glob("*.json"))}
+        for part in sorted(folder.iterdir())
+        if part.is_dir()
+    }
+    (DOCS / "repair.json").write_text(json.dumps(data))
+    seeds = {f"seed {i}": data[f"seed{i}"] for i in (0, 1)}
+    lines = []
+    for seed, results in seeds.items():
+        lines += [f"### Main table, {seed}", "", *main_table(results), ""]
+    lines += ["### Transfer: strict ASR on a family that is left out of the fit", "", *transfer_table(seeds), ""]
+    for world, what in WORLDS.items():
+        for i in (0, 1):
+            if f"{world}{i}" in data:
+                lines += [f"### World: {what}, seed {i}", "", *main_table(data[f"{world}{i}"]), ""]
+    for seed, results in seeds.items():
+        lines += [f"### White box, {seed}", "", *whitebox_table(results), ""]
+    lines += [
+        "### Calibration of `gated, no attacks`, percent of held-out fit prompts",
+        "",
+        *calibration_table(seeds),
+        "",
+    ]
+    page = DOCS / "repair.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    main()

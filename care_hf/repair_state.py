@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, StaticLayer
 
 from .gating import prompt_ends, turn_steps
 from .sites import image_token_ids
@@ -36,36 +36,49 @@ class RepairState:
 
     def _clear(self) -> None:
         self.visual_mask = self.pictured = self.steps = self.held_steps = None
-        self._ids = self._entry = self._layer = None
+        self._ids = self._entry = self._cache = self._layer = None
 
     def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Take what a forward was called with: its tokens and its cache."""
         self._clear()
         given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
+        if given.get("cu_seq_lens_q") is not None:
+            raise ValueError(
+                "Several sequences are packed into one, so the gate cannot tell where one ends; pad them instead, and "
+                "use `generate`, not `generate_batch` or cache_implementation='paged'."
+            )
         self._ids = given.get("input_ids")
         images = image_token_ids(vlm.config)
         if self._ids is None:
             self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*self.prompt_end, *images})
-        cache = _decoder_cache(given.get("past_key_values"))
-        self._layer = _turn_layer(cache)
-        past = cache.get_seq_length() if cache is not None else 0
-        known = 0 if self._layer is None else self._layer.get_seq_length()
-        # A static cache counts in tensors, which compiled code must not look into.
-        if isinstance(past, int) and isinstance(known, int) and known != past:
-            raise ValueError(
-                f"The cache holds {past} tokens, {known} of them seen by the gate, so it cannot tell where the prompt "
-                "ended; start again with an empty cache (the repair was off, or another model filled it)."
-            )
-
+        self._cache = _decoder_cache(given.get("past_key_values"))
+        self._layer = _turn_layer(self._cache)
+        self._check_history()
         self.pictured = _among(self._ids, images).cummax(dim=1).values
-        if self._layer is not None:
-            self.pictured = self.pictured | _among(self._layer.keys[:, 0, :, 0], images).any(dim=1, keepdim=True)
+        if self._layer is not None and self._layer.is_initialized:  # not so after a reset
+            history = self._layer.keys[:, 0, :, 0].to(self._ids.device)
+            self.pictured = self.pictured | _among(history, images).any(dim=1, keepdim=True)
+
+    def _check_history(self) -> None:
+        """Assert that the gate has seen every token in the cache."""
+        past = 0 if self._cache is None else self._cache.get_seq_length()
+        known = 0 if self._layer is None else self._layer.get_seq_length()
+        message = (
+            "The cache holds tokens that the gate has not seen, so it cannot tell where the prompt ended; start again "
+            "with an empty cache (the repair was off, or another model filled it)."
+        )
+        if torch.compiler.is_compiling() and not (isinstance(past, int) and isinstance(known, int)):
+            # A static cache counts in tensors, which compiled code must not look into.
+            torch._assert_async(torch.as_tensor(past == known), message)
+        elif int(past) != int(known):
+            raise ValueError(message)
 
     def decide(self, fires: torch.Tensor) -> None:
         """Hear of the gate where it would fire, bool (B, S), and count the steps of every token."""
         ids = self._ids.to(fires.device)
-        self._entry = ids[:, None, :, None], fires[:, None, :, None]
+        # Layers keep one dtype, that of the ids.
+        self._entry = ids[:, None, :, None], fires[:, None, :, None].to(ids.dtype)
         if self._layer is None:
             steps, held = turn_steps(prompt_ends(ids, self.prompt_end), fires)
         else:
@@ -74,7 +87,6 @@ class RepairState:
                 past = past.clone()  # counted up in place by the update
             columns = past + torch.arange(ids.shape[1], device=ids.device)
             ids, fires = (history[:, 0, :, 0].to(ids.device) for history in self._layer.update(*self._entry))
-            # Layers keep one dtype, that of the ids.
             every = turn_steps(prompt_ends(ids, self.prompt_end), fires.bool())
             steps, held = (of_all.index_select(1, columns) for of_all in every)
         self.steps, self.held_steps = steps, torch.where(held, steps, -1)
@@ -82,8 +94,7 @@ class RepairState:
     def end(self, output: Any) -> None:
         """Keep the decisions in the cache that the forward returns, if it does, and forget the rest."""
         if self._entry is not None and self._layer is None:
-            values = output.values() if isinstance(output, dict) else output
-            cache = next((_decoder_cache(value) for value in values if isinstance(value, Cache)), None)
+            cache = self._cache if self._cache is not None else _returned_cache(output)
             if cache is not None:
                 layer = _new_turn_layer(cache)
                 layer.update(*self._entry)
@@ -146,18 +157,40 @@ def _ids_of_embeddings(vlm: nn.Module, embeddings: torch.Tensor, tokens: Iterabl
     return ids
 
 
+class _GrowingTurns(DynamicLayer, DummyLayer):
+    """Flags and ids of tokens in place of keys and values.
+
+    A dummy to the cache, which therefore neither takes its attention mask from here nor counts on it when it offloads
+    layers in turn.
+    """
+
+    supports_early_init = False
+    holds_turns = True
+
+
+class _PreallocatedTurns(StaticLayer, DummyLayer):
+    """The same, for a cache of fixed length."""
+
+    supports_early_init = False
+    holds_turns = True
+
+
 def _decoder_cache(cache: Any) -> Cache | None:
     return getattr(cache, "self_attention_cache", cache)
 
 
+def _returned_cache(output: Any) -> Cache | None:
+    values = output.values() if isinstance(output, dict) else output
+    return next((_decoder_cache(value) for value in values if isinstance(value, Cache)), None)
+
+
 def _turn_layer(cache: Cache | None):
+    # By name, not by class: the code of a checkpoint has classes of its own.
     layers = [] if cache is None else cache.layers
     return next((layer for layer in layers if getattr(layer, "holds_turns", False)), None)
 
 
 def _new_turn_layer(cache: Cache):
-    """A layer of transformers' own, growing or preallocated as those of `cache`; flags take the place of keys."""
-    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
-    layer = StaticLayer(max(lengths)) if lengths else DynamicLayer()
-    layer.holds_turns = True
-    return layer
+    """Preallocated if there are layers of the cache that are and hold every token, else growing."""
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
+    return _PreallocatedTurns(max(lengths)) if lengths else _GrowingTurns()

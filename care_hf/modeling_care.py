@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from .configuration_care import CareConfig
 from .gating import Gate, GateReader, TurnProjection
 from .projection import SafetyProjection, Subspace
-from .repair_state import RepairState, watch_turns, watch_visual_tokens
+from .repair_state import Forward, RepairState, watch_turns, watch_visual_tokens
 from .sites import Site, hidden_size, image_token_ids, output_tensor, replace_output, site_module
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -27,16 +27,15 @@ class CareSiteMixin:
     def forward(self, *args, **kwargs):
         """The module's own forward, then the gate, then the repair."""
         output = super().forward(*args, **kwargs)
-        state = self.care_state
-        if not state.enabled:
+        if not self.care_state.enabled:
             return output
-        h = output_tensor(output)
+        h, state = output_tensor(output), self.care_state.now
         if self.care_gate is not None:
             pictured = _known(state.pictured).to(h.device)
             state.decide(self.care_gate(h.reshape(*pictured.shape, h.shape[-1]), pictured))
         return output if self.care is None else replace_output(output, self._repair(h, state))
 
-    def _repair(self, h: torch.Tensor, state: RepairState) -> torch.Tensor:
+    def _repair(self, h: torch.Tensor, state: Forward) -> torch.Tensor:
         def fitting(of_tokens: torch.Tensor | None) -> torch.Tensor | None:
             # Some FFNs work on (B * S, d); a part of the model may be on another device.
             return None if of_tokens is None else of_tokens.to(h.device).reshape(h.shape[:-1])

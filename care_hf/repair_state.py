@@ -6,6 +6,7 @@ keys are.
 """
 
 import inspect
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,11 +19,47 @@ from .sites import image_token_ids
 
 
 class RepairState:
-    """Lives as long as a forward, but for the switch and the end of prompts; no file keeps it.
+    """The switch, the end of prompts, and what is known of the forward that runs.
 
     Attributes:
-        enabled: whether modules repair.
+        enabled: whether modules repair; no file keeps it.
         prompt_end: the ids that end a prompt; empty unless there is a gate.
+    """
+
+    def __init__(self):
+        self.enabled = True
+        self.prompt_end: tuple[int, ...] = ()
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._by_thread, self._traced = threading.local(), Forward()
+
+    @property
+    def now(self) -> "Forward":
+        """The forward of this thread, so that answers given at the same time do not mix."""
+        if torch.compiler.is_compiling():
+            return self._traced  # dynamo does not follow thread locals; in its graph this is a value like any other
+        if not hasattr(self._by_thread, "forward"):
+            self._by_thread.forward = Forward()
+        return self._by_thread.forward
+
+    @property
+    def visual_mask(self) -> torch.Tensor | None:
+        """That of the forward of this thread."""
+        return self.now.visual_mask
+
+    def __getstate__(self):
+        return {"enabled": self.enabled, "prompt_end": self.prompt_end}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._begin_anew()
+
+
+class Forward:
+    """What the modules know while a forward lasts.
+
+    Attributes:
         visual_mask: bool (B, S), True at image and video tokens; None unless a fusion needs it.
         pictured: bool (B, S), whether there is an image up to a token; None unless there is a gate.
         steps: int64 (B, S), as `gating.turn_steps` counts them; None unless there is a gate.
@@ -30,17 +67,18 @@ class RepairState:
     """
 
     def __init__(self):
-        self.enabled = True
-        self.prompt_end: tuple[int, ...] = ()
+        self.visual_mask = None
         self._clear()
 
     def _clear(self) -> None:
-        self.visual_mask = self.pictured = self.steps = self.held_steps = None
+        self.pictured = self.steps = self.held_steps = None
         self._ids = self._entry = self._cache = self._layer = None
+        self._prompt_end: tuple[int, ...] = ()
 
-    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any], prompt_end: tuple[int, ...]) -> None:
         """Take what a forward was called with: its tokens and its cache."""
         self._clear()
+        self._prompt_end = prompt_end
         given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
         if given.get("cu_seq_lens_q") is not None:
@@ -51,7 +89,7 @@ class RepairState:
         self._ids = given.get("input_ids")
         images = image_token_ids(vlm.config)
         if self._ids is None:
-            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*self.prompt_end, *images})
+            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*prompt_end, *images})
         self._cache = _decoder_cache(given.get("past_key_values"))
         self._layer = _turn_layer(self._cache)
         self._check_history()
@@ -80,14 +118,14 @@ class RepairState:
         # Layers keep one dtype, that of the ids.
         self._entry = ids[:, None, :, None], fires[:, None, :, None].to(ids.dtype)
         if self._layer is None:
-            steps, held = turn_steps(prompt_ends(ids, self.prompt_end), fires)
+            steps, held = turn_steps(prompt_ends(ids, self._prompt_end), fires)
         else:
             past = self._layer.get_seq_length()
             if isinstance(past, torch.Tensor):
                 past = past.clone()  # counted up in place by the update
             columns = past + torch.arange(ids.shape[1], device=ids.device)
             ids, fires = (history[:, 0, :, 0].to(ids.device) for history in self._layer.update(*self._entry))
-            every = turn_steps(prompt_ends(ids, self.prompt_end), fires.bool())
+            every = turn_steps(prompt_ends(ids, self._prompt_end), fires.bool())
             steps, held = (of_all.index_select(1, columns) for of_all in every)
         self.steps, self.held_steps = steps, torch.where(held, steps, -1)
 
@@ -121,12 +159,12 @@ def watch_visual_tokens(vlm: nn.Module, state: RepairState) -> None:
 
 def _begin(vlm: nn.Module, args, kwargs) -> None:
     if vlm.care_state.enabled:
-        vlm.care_state.begin(vlm, args, kwargs)
+        vlm.care_state.now.begin(vlm, args, kwargs, vlm.care_state.prompt_end)
 
 
 def _end(vlm: nn.Module, args, output) -> None:
     if vlm.care_state.enabled:
-        vlm.care_state.end(output)
+        vlm.care_state.now.end(output)
 
 
 def _note_visual_tokens(vlm: nn.Module, args, kwargs) -> None:
@@ -134,11 +172,11 @@ def _note_visual_tokens(vlm: nn.Module, args, kwargs) -> None:
     ids, tokens = kwargs.get("input_ids", args[0] if args else None), image_token_ids(vlm.config)
     if ids is None:
         ids = _ids_of_embeddings(vlm, kwargs["inputs_embeds"], tokens)
-    vlm.care_state.visual_mask = _among(ids, tokens)
+    vlm.care_state.now.visual_mask = _among(ids, tokens)
 
 
 def _forget_visual_tokens(vlm: nn.Module, args, output) -> None:
-    vlm.care_state.visual_mask = None
+    vlm.care_state.now.visual_mask = None
 
 
 def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:

@@ -8,6 +8,7 @@ import copy
 import functools
 import json
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -650,3 +651,11 @@ def test_a_compiled_forward_refuses_a_cache_that_the_gate_did_not_see(case):
     compiled = torch.compile(case.model, fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match="has not seen"):
         compiled(input_ids=ids[:, :1], past_key_values=kept)
+
+
+def test_answers_given_at_the_same_time_do_not_mix(case):
+    rows = of_each_kind(case) * 3
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda i: case.model.generate(**case.singles[i], **FULL), rows))
+    for i, output in zip(rows, outputs, strict=True):
+        assert_answers(output, [case.answers[i]])

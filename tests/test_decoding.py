@@ -525,6 +525,10 @@ def test_parts_and_packed_sequences_are_refused(case):
         case.model.vlm.model(**inputs)
     with pytest.raises(ValueError, match="packed"):
         case.model(**inputs, cu_seq_lens_q=torch.tensor([0, 4, 9]))
+    model = copy.deepcopy(case.model)
+    model.vlm.model.compile(backend="eager")
+    with pytest.raises(ValueError, match="not one of its parts"):
+        model(**inputs)
     model = copy.deepcopy(case.model).train()
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="without gradient checkpointing"):

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 from .configuration_care import CareConfig
 from .gating import Gate, GateReader, TurnProjection
 from .projection import SafetyProjection, Subspace
-from .repair_state import RepairState, watch_turns, watch_visual_tokens
+from .repair_state import Forward, RepairState, watch_turns, watch_visual_tokens
 from .sites import Site, hidden_size, image_token_ids, output_tensor, replace_output, site_module
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
@@ -27,30 +27,43 @@ class CareSiteMixin:
     def forward(self, *args, **kwargs):
         """The module's own forward, then the gate, then the repair."""
         output = super().forward(*args, **kwargs)
-        state = self.care_state
-        if not state.enabled:
+        if not self.care_state.enabled:
             return output
-        h = output_tensor(output)
+        h, state = output_tensor(output), self.care_state.now
         if self.care_gate is not None:
-            pictured = state.pictured.to(h.device)
+            pictured = _known(state.pictured).to(h.device)
             state.decide(self.care_gate(h.reshape(*pictured.shape, h.shape[-1]), pictured))
         return output if self.care is None else replace_output(output, self._repair(h, state))
 
-    def _repair(self, h: torch.Tensor, state: RepairState) -> torch.Tensor:
+    def _repair(self, h: torch.Tensor, state: Forward) -> torch.Tensor:
         def fitting(of_tokens: torch.Tensor | None) -> torch.Tensor | None:
             # Some FFNs work on (B * S, d); a part of the model may be on another device.
             return None if of_tokens is None else of_tokens.to(h.device).reshape(h.shape[:-1])
 
         if isinstance(self.care, TurnProjection):
-            return self.care(h, fitting(state.held_steps))
+            return self.care(h, fitting(_known(state.held_steps)))
         repaired = self.care(h, fitting(state.visual_mask))
         if self.care_scope == "all":
             return repaired
-        return torch.where((fitting(state.steps) <= 0)[..., None], repaired, h)
+        return torch.where((fitting(_known(state.steps)) <= 0)[..., None], repaired, h)
 
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         return _new_site_module, (type(self).__mro__[2],), self.__dict__
+
+
+def _known(of_tokens: torch.Tensor | None) -> torch.Tensor:
+    """What the gate needs to know of the tokens, or decided of them.
+
+    Raises:
+        ValueError: there is no forward of the whole model going on that could tell.
+    """
+    if of_tokens is None:
+        raise ValueError(
+            "The gate was not told which tokens it is given; call or compile the repaired model, not one of its parts, "
+            "and train without gradient checkpointing, which runs parts again."
+        )
+    return of_tokens
 
 
 @functools.cache
@@ -254,6 +267,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 part.check()
             except ValueError as error:
                 raise ValueError(f"{where[0].upper()}{where[1:]}: {error}") from error
+        _check_prompt_end(self.vlm, self.gate)
         layers = sorted({site.layer for site in self._site_modules()})
         if self.layers.tolist() != layers:
             raise ValueError(f"The buffer `layers` is {self.layers.tolist()}, but config.json names sites in {layers}.")
@@ -392,6 +406,17 @@ def _check_sizes(model: PreTrainedModel, subspaces) -> None:
                 "on another model."
             )
         site_module(model, site)  # raises where there is none
+    _check_prompt_end(model, subspaces.gate)
+
+
+def _check_prompt_end(model: PreTrainedModel, gate: Gate | None) -> None:
+    """Assert that prompts of the model can end as the gate expects, for it would never fire otherwise."""
+    known = model.get_input_embeddings().num_embeddings
+    if gate is not None and max(gate.prompt_end) >= known:
+        raise ValueError(
+            f"The gate waits for prompt_end={gate.prompt_end}, but {type(model).__name__} has {known} tokens; it was "
+            "fitted with another tokenizer."
+        )
 
 
 def _projection(subspaces, site: Site) -> SafetyProjection | TurnProjection:

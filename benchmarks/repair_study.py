@@ -162,7 +162,7 @@ def astra(study: Study, subspaces) -> dict:
     vector = astra_vector(study.model, study.processor, attacks, site, target="step one", text=None)
     h0 = astra_calibration(study.model, study.processor, pictured, site, text=None, max_new_tokens=MAX_NEW_TOKENS)
     state = repaired.care_state
-    with AstraSteering(repaired, site, vector, h0, ASTRA_ALPHA, active=lambda: state.held_steps[:, -1] >= 0):
+    with AstraSteering(repaired, site, vector, h0, ASTRA_ALPHA, active=lambda: state.now.held_steps[:, -1] >= 0):
         return study.counts(repaired)
 
 

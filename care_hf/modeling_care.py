@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from .configuration_care import CareConfig
-from .gating import Gate, GateReader, TurnProjection
+from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .projection import SafetyProjection, Subspace
 from .repair_state import Forward, RepairState, watch_turns, watch_visual_tokens
 from .sites import Site, hidden_size, image_token_ids, output_tensor, replace_output, site_module
+
+logger = logging.get_logger(__name__)
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
@@ -326,7 +329,17 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.vlm(*args, **kwargs)
 
     def generate(self, *args, **kwargs):
-        """The base's `generate`, repaired."""
+        """The base's `generate`, repaired; warns of prompts in which a gate finds no end, and so repairs nothing."""
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        if self.config.gate and self.care_state.enabled and isinstance(ids, torch.Tensor):
+            end = self.config.gate["prompt_end"]
+            open_ended = int((~prompt_ends(ids, end).any(dim=1)).sum())
+            if open_ended:
+                logger.warning(
+                    f"{open_ended} of {len(ids)} prompts hold no generation prompt (token ids {end}), so that the gate "
+                    "cannot decide and they are answered unrepaired; write them with the chat template and "
+                    "add_generation_prompt=True."
+                )
         return self.vlm.generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, **kwargs):

@@ -125,7 +125,7 @@ def mixed_gate(base, singles, prompt_end) -> Gate:
         pictured = int("pixel_values" in inputs)
         scores[pictured].append(float(activations[GATE_SITE][0, -1] @ readers[:, pictured]))
     middles = [sum(sorted(some)[(len(some) - 1) // 2 :][:2]) / 2 for some in scores]
-    return Gate(prompt_end, readers, torch.tensor(middles))
+    return Gate(prompt_end, readers, torch.tensor(middles), pictured=1)
 
 
 @pytest.fixture(scope="session")
@@ -248,6 +248,16 @@ def test_a_batch_of_mixed_prompts_is_answered_row_by_row(case, options):
     assert_answers(case.model.generate(**padded(case), **FULL, **options), case.answers)
     for i in of_each_kind(case):
         assert_answers(case.model.generate(**case.singles[i], **FULL, **options), [case.answers[i]])
+
+
+def test_prompts_without_an_end_are_warned_of(case, caplog):
+    ids = case.singles[-1]["input_ids"]
+    with caplog.at_level("WARNING"):
+        case.model.generate(ids, max_new_tokens=1)
+        assert not caplog.records
+        case.model.generate(input_ids=torch.cat([ids[:, :-1]] * 2), max_new_tokens=1)
+    (record,) = caplog.records
+    assert "2 of 2 prompts hold no generation prompt" in record.getMessage()
 
 
 def test_padding_on_the_right_changes_no_logits(case):
@@ -411,7 +421,7 @@ def test_qwen_decodes_with_a_gate_as_without_a_cache(qwen, qwen_inputs, tmp_path
     base = qwen.generate(**inputs, **FULL)
     for fires in (0, 1):  # the row with an image, whose alarm is the second, or the one without
         thresholds = margins.flip(0) + torch.tensor([1.0, -1.0] if fires == 0 else [-1.0, 1.0])
-        gate = Gate((7, 8), readers, thresholds)
+        gate = Gate((7, 8), readers, thresholds, pictured=1)
         model = CareForConditionalGeneration.from_base(qwen, SafetySubspaces(sites, gate=gate, gate_site=at))
         expected = model.generate(**inputs, **FULL, use_cache=False)
         same = (torch.stack(expected.logits) - torch.stack(base.logits)).abs().amax((0, 2)) < 1e-4
@@ -621,8 +631,8 @@ def test_a_checkpoint_whose_gate_is_not_whole_does_not_load(case, tmp_path):
     refused("must be a dict", new_gate={k: v for k, v in gate.items() if k != "alarms"})
     refused("after sites", new_gate={**gate, "site": "2.residual"})
     refused("lacks", new_gate={**gate, "site": "0.residual"})
-    refused("mismatch|shape", new_gate={**gate, "alarms": 1})
-    refused("expected|fit", new_gate={**gate, "required": -1, "alarms": 3})
+    refused("mismatch|shape", new_gate={**gate, "alarms": 2})
+    refused("expected|fit", new_gate={**gate, "required": -1, "alarms": 2})
     refused("at least one", new_gate={**gate, "prompt_end": []})
     refused("another tokenizer", new_gate={**gate, "prompt_end": [100000]})
 

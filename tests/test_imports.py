@@ -12,6 +12,7 @@ ORDER = [
     {"projection", "sites", "linalg", "samples"},
     {"gating"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing"},
+    {"repaired_module"},
     {"recipe", "attribution", "subspace", "modeling_care", "evaluation", "patches", "resume", "attacks"},
     {"turns"},
     {"turn_repair"},
@@ -20,7 +21,15 @@ ORDER = [
     {"demo"},
     {"cli"},
 ]
-REMOTE_CODE = {"modeling_care", "configuration_care", "projection", "sites", "gating", "repair_state"}
+REMOTE_CODE = {
+    "modeling_care",
+    "configuration_care",
+    "projection",
+    "sites",
+    "gating",
+    "repair_state",
+    "repaired_module",
+}
 
 
 def imports(path):

@@ -1,0 +1,94 @@
+"""Modules that repair their output: the class swap, and the copy of a model's structure that it is done on."""
+
+import copy
+import functools
+
+import torch
+from torch import nn
+
+from .gating import TurnProjection
+from .repair_state import Forward
+from .sites import output_tensor, replace_output
+
+
+class CareSiteMixin:
+    """Put before a module's own class, it has the output read by `care_gate` and repaired by `care`, where it has them.
+
+    `care` is a `SafetyProjection` or a `TurnProjection`, `care_gate` a `GateReader`; both rest if `care_state` is off.
+    """
+
+    def forward(self, *args, **kwargs):
+        """The module's own forward, then the gate, then the repair."""
+        output = super().forward(*args, **kwargs)
+        if not self.care_state.enabled:
+            return output
+        h, state = output_tensor(output), self.care_state.now
+        if self.care_gate is not None:
+            pictured = _known(state.pictured).to(h.device)
+            state.decide(self.care_gate(h.reshape(*pictured.shape, h.shape[-1]), pictured))
+        return output if self.care is None else replace_output(output, self._repair(h, state))
+
+    def _repair(self, h: torch.Tensor, state: Forward) -> torch.Tensor:
+        def fitting(of_tokens: torch.Tensor | None) -> torch.Tensor | None:
+            # Some FFNs work on (B * S, d); a part of the model may be on another device.
+            return None if of_tokens is None else of_tokens.to(h.device).reshape(h.shape[:-1])
+
+        if isinstance(self.care, TurnProjection):
+            return self.care(h, fitting(_known(state.held_steps)))
+        repaired = self.care(h, fitting(state.visual_mask))
+        if self.care_scope == "all":
+            return repaired
+        return torch.where((fitting(_known(state.steps)) <= 0)[..., None], repaired, h)
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so pickle and deepcopy are told how to make it again.
+        return _new_site_module, (type(self).__mro__[2],), self.__dict__
+
+
+def _known(of_tokens: torch.Tensor | None) -> torch.Tensor:
+    """What the gate needs to know of the tokens, or decided of them.
+
+    Raises:
+        ValueError: there is no forward of the whole model going on that could tell.
+    """
+    if of_tokens is None:
+        raise ValueError(
+            "The gate was not told which tokens it is given; call or compile the repaired model, not one of its parts, "
+            "and train without gradient checkpointing, which runs parts again."
+        )
+    return of_tokens
+
+
+@functools.cache
+def care_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `CareSiteMixin` before it; weight names stay those of `cls`."""
+    return type(
+        f"Care{cls.__name__}", (CareSiteMixin, cls), {"__module__": __name__, "__doc__": f"A repaired {cls.__name__}."}
+    )
+
+
+def _new_site_module(cls: type[nn.Module]) -> nn.Module:
+    repaired = care_class(cls)
+    return repaired.__new__(repaired)
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A copy of the modules of `model` that shares all of its tensors."""
+    shared = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):  # accelerate's; their weights_map may hold the whole model
+            shared += [
+                v for v in (getattr(part, "weights_map", None), getattr(part, "tied_params_map", None)) if v is not None
+            ]
+    return copy.deepcopy(model, {id(value): value for value in shared})
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where `module` runs, offloaded or not."""
+    hook = getattr(module, "_hf_hook", None)
+    execution = getattr(hook, "execution_device", None)
+    if execution is not None:
+        return torch.device(execution)
+    tensors = [t for t in (*module.parameters(), *module.buffers()) if not t.is_meta]
+    return tensors[0].device if tensors else torch.device("cpu")

@@ -90,7 +90,9 @@ class Forward:
         images = image_token_ids(vlm.config)
         if self._ids is None:
             self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*prompt_end, *images})
-        self._cache = _decoder_cache(given.get("past_key_values"))
+        cache = given.get("past_key_values")
+        # Its name since transformers 5.24.
+        self._cache = _decoder_cache(given.get("cache") if cache is None else cache)
         self._layer = _turn_layer(self._cache)
         self._check_history()
         self.pictured = _among(self._ids, images).cummax(dim=1).values
@@ -202,6 +204,7 @@ class _GrowingTurns(DynamicLayer, DummyLayer):
     layers in turn.
     """
 
+    _layer_type = None  # else some versions would make every cache of such layers
     supports_early_init = False
     holds_turns = True
 
@@ -209,6 +212,7 @@ class _GrowingTurns(DynamicLayer, DummyLayer):
 class _PreallocatedTurns(StaticLayer, DummyLayer):
     """The same, for a cache of fixed length."""
 
+    _layer_type = None
     supports_early_init = False
     holds_turns = True
 

@@ -303,7 +303,7 @@ def test_the_gate_holds_the_detectors_and_fires_as_its_calibration_says(recorded
     detectors = fit_detectors(recorded.prompts, RECIPE.gate_ridge)
     readers = torch.stack([d.direction for d in detectors.all], dim=1)
     assert torch.equal(subspaces.gate.readers, readers.float())
-    assert (subspaces.gate.required, subspaces.gate.alarms, subspaces.gate.pictured) == detectors.counts == (1, 2, 2)
+    assert (subspaces.gate.required, subspaces.gate.alarms, subspaces.gate.pictured) == detectors.counts == (1, 1, 2)
     assert subspaces.gate_site == recorded.gate_site and subspaces.gate.prompt_end == recorded.prompt_end
     plain = solve_turns(recorded, RECIPE.replace(gate="none"))
     assert plain.gate.readers.shape == (128, 0) and json.loads(plain.metadata["calibration"]) == {}

@@ -12,10 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .gating import prompt_ends, turn_steps
 from .sites import image_token_ids
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # before transformers 5.23
+    DummyLayer = None
 
 
 class RepairState:
@@ -197,7 +202,7 @@ def _ids_of_embeddings(vlm: nn.Module, embeddings: torch.Tensor, tokens: Iterabl
     return ids
 
 
-class _GrowingTurns(DynamicLayer, DummyLayer):
+class _GrowingTurns(DynamicLayer, DummyLayer or object):
     """Flags and ids of tokens in place of keys and values.
 
     A dummy to the cache, which therefore neither takes its attention mask from here nor counts on it when it offloads
@@ -209,7 +214,7 @@ class _GrowingTurns(DynamicLayer, DummyLayer):
     holds_turns = True
 
 
-class _PreallocatedTurns(StaticLayer, DummyLayer):
+class _PreallocatedTurns(StaticLayer, DummyLayer or object):
     """The same, for a cache of fixed length."""
 
     _layer_type = None
@@ -234,5 +239,7 @@ def _turn_layer(cache: Cache | None):
 
 def _new_turn_layer(cache: Cache):
     """Preallocated if there are layers of the cache that are and hold every token, else growing."""
+    if DummyLayer is None and getattr(cache, "offloading", False):
+        raise ValueError("With a gate, an offloaded cache needs transformers 5.23 or later; use another cache.")
     lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer) and not layer.is_sliding]
     return _PreallocatedTurns(max(lengths)) if lengths else _GrowingTurns()

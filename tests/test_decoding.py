@@ -20,7 +20,7 @@ from test_families import inputs as qwen_inputs  # noqa: F401  a fixture
 from test_families import qwen  # noqa: F401  a fixture
 from transformers import AutoModel, CompileConfig, DynamicCache, Qwen2Config, StaticCache
 
-from care_hf import CareForConditionalGeneration, Recipe, SafetySubspaces, fit
+from care_hf import CareForConditionalGeneration, Recipe, SafetySubspaces, fit, repair_state
 from care_hf.gating import Gate
 from care_hf.projection import Subspace, repair
 from care_hf.samples import Sample, collate, generation_prompt
@@ -488,6 +488,7 @@ def test_a_cache_is_copied_pickled_and_used_again(case, cache):
     assert_answers(output, [case.answers[i]])
 
 
+@pytest.mark.skipif(repair_state.DummyLayer is None, reason="refused before transformers 5.23")
 def test_an_offloaded_cache_counts_on_its_own_layers_only(case):
     cache = case.model(**case.singles[0]).past_key_values
     called = []

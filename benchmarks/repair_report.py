@@ -88,14 +88,15 @@ def transfer_table(seeds: dict[str, dict]) -> list[str]:
     lines = head(
         "left out", *(f"{what}, {seed}" for seed in seeds for what in ("undefended", "with exposed", "without exposed"))
     )
-    for family in ATTACKS:
-        cells = []
+    rates = {family: [] for family in ATTACKS}
+    for family, row in rates.items():
         for results in seeds.values():
             tables = [results["table undefended"]]
-            tables += [results.get(f"transfer {family} {kind} exposed") for kind in ("with", "without")]
-            cells += [percent(rate(t, [f"attack/{family}"], "correct")) if t else "" for t in tables]
-        lines.append(line(family, *cells))
-    return lines
+            tables += [results[f"transfer {family} {kind} exposed"] for kind in ("with", "without")]
+            row += [rate(table, [f"attack/{family}"], "correct") for table in tables]
+        lines.append(line(family, *map(percent, row)))
+    pooled = [sum(column, Rate(0, 0)) for column in zip(*rates.values(), strict=True)]
+    return [*lines, line("all", *map(percent, pooled))]
 
 
 def whitebox_table(results: dict) -> list[str]:

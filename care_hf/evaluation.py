@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import binomtest
 
-from .gating import TurnProjection
 from .samples import Sample, batches, collate
-from .sites import image_token_ids, record
+from .sites import image_token_ids
 
 # A refusal begins with one of these; lower case, straight apostrophes.
 REFUSALS = (
@@ -93,35 +92,3 @@ def gate_fires(model, processor, samples: Sequence, batch_size: int = 64) -> tor
     finally:
         handle.remove()
     return torch.cat(found)
-
-
-@torch.no_grad()
-def correction_size(model, processor, samples: Sequence) -> float:
-    """Mean of ``|h' - h| / |h|`` over prompt tokens and repaired sites, h read with the repair switched off.
-
-    What a repair changes has to be seen beside how far it moves activations: a control that moves them further does
-    more damage.
-
-    Args:
-        model: a `CareForConditionalGeneration`.
-        processor: its processor.
-        samples: anything with chat `messages`; they are run as one batch.
-
-    Raises:
-        ValueError: not all tokens are repaired.
-    """
-    repairs = model.care_modules()
-    if model.config.scope != "all" or any(isinstance(repair, TurnProjection) for repair in repairs.values()):
-        raise ValueError(
-            "The size of a correction is that of a repair of all tokens; this model's has a smaller scope."
-        )
-    batch = collate(processor, [Sample(s.messages) for s in samples], image_token_ids(model.config))
-    with model.disable(), record(model, list(repairs)) as activations:
-        model(**{name: value.to(model.device) for name, value in batch.inputs.items()})
-    prompt = (batch.visual | batch.text).to(model.device)
-    sizes = []
-    for site, repair in repairs.items():
-        h = activations[site][prompt].float()
-        change = repair(h, batch.visual.to(model.device)[prompt]) - h
-        sizes.append((torch.linalg.vector_norm(change, dim=-1) / torch.linalg.vector_norm(h, dim=-1)).mean())
-    return torch.stack(sizes).mean().item()

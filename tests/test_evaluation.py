@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_hf.evaluation import REFUSALS, Rate, correction_size, generate_answers, is_refusal
+from care_hf.evaluation import REFUSALS, Rate, gate_fires, generate_answers, is_refusal
 from care_hf.gating import Gate
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import Subspace
-from care_hf.sites import Site
+from care_hf.samples import Sample, collate, generation_prompt
+from care_hf.sites import Site, record
 from care_hf.subspace import SafetySubspaces
 
 
@@ -34,44 +35,6 @@ def test_batched_answers_are_the_single_answers(testbed, world):
     assert batched == [generate_answers(model, processor, [s], 12)[0] for s in samples]
 
 
-def test_the_size_of_a_correction_has_a_closed_form_where_everything_is_projected_out(testbed, world):
-    model, processor = testbed
-    samples = [*world.benign("icon", "fit", 2), *world.benign("recipe", "fit", 3)]
-    identity, nothing = torch.eye(128), torch.zeros(128)
-
-    def size(sites, **more):
-        return correction_size(
-            CareForConditionalGeneration.from_base(model, SafetySubspaces(sites, **more)), processor, samples
-        )
-
-    everything = {
-        Site(1, "ffn"): {"text": Subspace(identity, nothing)},
-        Site(4, "residual"): {"text": Subspace(identity, nothing)},
-    }
-    assert size(everything) == pytest.approx(1, abs=1e-5)
-    assert size(everything, strength=0.25) == pytest.approx(0.25, abs=1e-5)
-    assert size(everything, strength=0.0) == 0
-    # Routed by modality, the share is that of the text tokens.
-    inputs = [
-        processor.apply_chat_template(s.messages, tokenize=True, return_dict=True, return_tensors="pt") for s in samples
-    ]
-    ids = torch.cat([i["input_ids"][0] for i in inputs])
-    ids = ids[~torch.isin(ids, torch.tensor([1, 5, 6]))]  # control tokens
-    share = (ids != model.config.image_token_id).float().mean().item()
-    assert size(everything, fusion="route") == pytest.approx(share, abs=1e-5)
-
-
-def test_the_size_of_a_correction_of_some_tokens_alone_is_refused(testbed, world):
-    model, processor = testbed
-    gate, gate_site = Gate((6,), torch.zeros(128, 0), torch.zeros(0)), Site(1, "residual")
-    everything = Subspace(torch.eye(128), torch.zeros(128))
-    for places, scope in (({"last": everything}, "all"), ({"text": everything}, "prompt")):
-        subspaces = SafetySubspaces({Site(2, "ffn"): places}, gate=gate, gate_site=gate_site, scope=scope)
-        repaired = CareForConditionalGeneration.from_base(model, subspaces)
-        with pytest.raises(ValueError, match="smaller scope"):
-            correction_size(repaired, processor, world.benign("icon", "fit", 2))
-
-
 @pytest.mark.parametrize("beginning", REFUSALS)
 def test_a_refusal_is_one_whatever_its_case_quotes_and_apostrophes(beginning):
     for answer in (
@@ -89,3 +52,24 @@ def test_a_refusal_is_one_whatever_its_case_quotes_and_apostrophes(beginning):
 )
 def test_what_answers_is_no_refusal(answer):
     assert not is_refusal(answer)
+
+
+def test_the_gate_fires_where_its_scores_do(testbed, world):
+    model, processor = testbed
+    samples = [*world.attack("icon", "fit", 3), *world.benign("recipe", "fit", 4)]
+    site, readers = Site(2, "residual"), torch.randn(128, 1, generator=torch.Generator().manual_seed(0))
+    scores = []
+    for sample in samples:
+        with record(model, [site]) as activations, torch.no_grad():
+            model(**collate(processor, [Sample(sample.messages)], ()).inputs)
+        scores.append(float(activations[site][0, -1] @ readers[:, 0]))
+    middle = sum(sorted(scores)[2:4]) / 2
+    gate = Gate(generation_prompt(processor), readers, torch.tensor([middle]))
+    places = {"last": Subspace(torch.eye(128)[:, :2], torch.zeros(128))}
+    gated = SafetySubspaces({Site(3, "residual"): places}, gate=gate, gate_site=site)
+    repaired = CareForConditionalGeneration.from_base(model, gated)
+    assert gate_fires(repaired, processor, samples, batch_size=3).tolist() == [score > middle for score in scores]
+    with pytest.raises(ValueError, match="has no gate"):
+        gate_fires(
+            CareForConditionalGeneration.from_base(model, SafetySubspaces.random(model, [1], 2)), processor, samples
+        )

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from care_hf.evaluation import Rate
-from care_hf.testbed.world import ATTACKS, BENIGN_TASKS
+from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, BESIDE_IMAGE
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
 BEGIN, END = "<!-- tables: benchmarks/repair_report.py -->\n", "<!-- end of tables -->\n"
@@ -99,17 +99,50 @@ def transfer_table(seeds: dict[str, dict]) -> list[str]:
     return [*lines, line("all", *map(percent, pooled))]
 
 
+def points_table(results: dict) -> list[str]:
+    """One row per fit and share of false alarms: what the threshold trades."""
+    attacks, tasks = [f"attack/{a}" for a in ATTACKS], [f"benign/{t}" for t in BENIGN_TASKS]
+    lines = head("fit", "false alarms", "ASR", "attacks refused", "over-refusal", "worst task")
+    for fit, curve in results["calibration"].items():
+        tables = {float(name.rsplit(" ", 1)[1]): t for name, t in results.items() if name.startswith(f"point {fit} 0")}
+        if not tables:
+            continue
+        tables[curve["target"]] = results[f"table {fit}"]
+        for share, counts in sorted(tables.items()):
+            refused = rate(counts, tasks, "refused")
+            worst = max(rate(counts, [task], "refused").value for task in tasks)
+            asr, stopped = (percent(rate(counts, attacks, verdict)) for verdict in ("correct", "refused"))
+            lines.append(
+                line(fit, f"{100 * share:g} %", asr, stopped, f"{refused.count} of {refused.n}", f"{100 * worst:.1f}")
+            )
+    return lines
+
+
+def beside_table(seeds: dict[str, dict]) -> list[str]:
+    """Text jailbreaks beside an unrelated image, strict ASR, of which no fit knows anything."""
+    fits = [name for name in next(iter(seeds.values())) if name.startswith("beside ")]
+    lines = head("", *(f"{family}, {seed}" for seed in seeds for family in BESIDE_IMAGE))
+    for name in fits:
+        cells = [
+            percent(rate(results[name], [f"attack/{family}"], "correct"))
+            for results in seeds.values()
+            for family in BESIDE_IMAGE
+        ]
+        lines.append(line(name.removeprefix("beside "), *cells))
+    return lines
+
+
 def whitebox_table(results: dict) -> list[str]:
     """One row per family and eps: ASR against the attacker's weight on the gate's score."""
-    models = ("undefended weight 0", *(f"gated, no attacks weight {w}" for w in (0, 1, 10)))
-    models += ("gated, all families weight 1",)
+    free = [f"gated, no attacks weight {w}" for w in (0, 1, 10, 100)]
+    models = ("undefended weight 0", *free, *(f"gated, all families weight {w}" for w in (1, 10)))
     lines = head("family, eps", *models, "gated, no attacks, any weight")
     for family in ("plain", *ATTACKS):
         for eps in (16, 32):
             found = [results.get(f"whitebox {family} eps {eps} {model}") for model in models]
             if not any(found):
                 continue
-            swept = [f["right"] for f in found[1:4] if f]
+            swept = [f["right"] for f in found[1 : 1 + len(free)] if f]
             anyhow = Rate(sum(map(any, zip(*swept, strict=True))), len(swept[0])) if swept else None
             cells = [percent(Rate(f["correct"], f["n"])) if f else "" for f in found]
             lines.append(line(f"{family}, {eps}", *cells, percent(anyhow) if anyhow else ""))
@@ -139,6 +172,9 @@ def main() -> None:
     lines = []
     for seed, results in seeds.items():
         lines += [f"### Main table, {seed}", "", *main_table(results), ""]
+    for seed, results in seeds.items():
+        lines += [f"### Operating points, {seed}", "", *points_table(results), ""]
+    lines += ["### Text jailbreaks beside an unrelated image, strict ASR", "", *beside_table(seeds), ""]
     lines += ["### Transfer: strict ASR on a family that is left out of the fit", "", *transfer_table(seeds), ""]
     for world, what in WORLDS.items():
         for i in (0, 1):

@@ -35,14 +35,15 @@ from care_hf.testbed import World
 from care_hf.testbed.judging import VERDICTS, judge, refuses
 from care_hf.testbed.measure import MAX_NEW_TOKENS, measure
 from care_hf.testbed.prompts import fit_prompts
-from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, REFUSAL
+from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, BESIDE_IMAGE, REFUSAL
 from care_hf.turn_repair import solve_turns
 
 SEEN = ("split", "typographic", "icon")  # the families that a fit "with attacks" knows
 FIT_PROMPTS = 192  # of each kind
 TEST_PROMPTS = 160  # in each cell
 WHITEBOX_PROMPTS, STEPS, RESTARTS = 16, 40, 2
-WEIGHTS = (0, 1, 10)  # of the gate's score in the attack's loss
+FALSE_ALARMS = (0.0005, 0.001, 0.005, 0.01)  # beside the recipe's own
+WEIGHTS = (0, 1, 10, 100)  # of the gate's score in the attack's loss
 ASTRA_ALPHA = 1.0
 RECIPE = Recipe(batch_size=64)
 
@@ -104,6 +105,14 @@ def measure_gated(study: Study, gated: dict) -> None:
         study.keep(f"table detector + canned refusal ({name})", lambda subspaces=subspaces: canned(study, subspaces))
 
 
+def points(study: Study, gated: dict) -> None:
+    """The same gates at other shares of false alarms."""
+    for name, turns in gated.items():
+        for share in FALSE_ALARMS:
+            subspaces = solve_turns(turns, RECIPE.replace(false_alarms=share))
+            study.keep(f"point {name} {share}", lambda subspaces=subspaces: study.counts(study.repaired(subspaces)))
+
+
 def table(study: Study) -> None:
     """Every defence on everything."""
     free, seen = study.turns(), study.turns(SEEN)
@@ -125,6 +134,10 @@ def table(study: Study) -> None:
     }
     for name, subspaces in rows.items():
         study.keep(f"table {name}", lambda subspaces=subspaces: study.counts(study.repaired(subspaces)))
+    points(study, {"gated, no attacks": free, "gated": seen})
+    study.keep("beside undefended", lambda: study.counts(study.model, BESIDE_IMAGE, ()))
+    for name, subspaces in fits.items():
+        study.keep(f"beside {name}", lambda s=subspaces: study.counts(study.repaired(s), BESIDE_IMAGE, ()))
     study.keep("table printed", lambda: study.counts(study.repaired(printed(study))))
     study.keep("calibration", lambda: {name: json.loads(s.metadata["calibration"]) for name, s in fits.items()})
     study.keep("table gate + ASTRA", lambda: astra(study, gated["gated"]))
@@ -201,7 +214,7 @@ def whitebox(study: Study) -> None:
     repairs = {
         "undefended": (None, WEIGHTS[:1]),
         "gated, no attacks": (study.repaired(solve_turns(study.turns(), RECIPE)), WEIGHTS),
-        "gated, all families": (study.repaired(solve_turns(study.turns(ATTACKS), RECIPE)), WEIGHTS[1:2]),
+        "gated, all families": (study.repaired(solve_turns(study.turns(ATTACKS), RECIPE)), WEIGHTS[1:3]),
     }
     for family in ("plain", *ATTACKS):
         samples = pictured_attacks(study, family)

@@ -17,7 +17,7 @@ from .linalg import shrink
 CLASSES = ("benign", "malicious", "neutral", "exposed")
 HARMLESS = {"malicious": "benign", "exposed": "neutral"}  # what each harmful class is contrasted with
 FOLDS = 4
-CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # false-alarm targets of the calibration curve
+CURVE = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)  # false-alarm targets of the calibration curve
 
 
 @dataclass(frozen=True)

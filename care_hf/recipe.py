@@ -69,7 +69,7 @@ class Recipe:
     gate: str = "linear"
     gate_layer: str | int = "middle"
     gate_ridge: float = 0.005
-    false_alarms: float = 0.005
+    false_alarms: float = 0.002
     steps: int = 8
     modalities: tuple[str, ...] = MODALITIES
     attribution: str = "kernel"

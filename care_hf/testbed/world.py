@@ -87,6 +87,8 @@ VISUAL_QUESTIONS = {
 # How a request in text may be put.
 FORMS = ("plain", "wrapper", "split", "cipher")
 ATTACKS = ("wrapper", "wrapper+image", "split", "cipher", "typographic", "new font", "icon")
+# Text jailbreaks beside an unrelated image; apart from ATTACKS, whose mean is what repairs are compared by.
+BESIDE_IMAGE = ("split+image", "cipher+image")
 EXPOSURES = ("kind in text", "kind, written", "kind, shown", "read", "name")
 BENIGN_TASKS = ("recipe", *FORMS[1:], "typographic", "icon", "kind", "read", "name", *VISUAL_QUESTIONS)
 
@@ -288,13 +290,16 @@ class World:
             "wrapper+image": lambda r, c: self.request(r, c, (split,), "wrapper", scene=True),
             "split": lambda r, c: self.request(r, c, (split,), "split"),
             "cipher": lambda r, c: self.request(r, c, (split,), "cipher"),
+            "split+image": lambda r, c: self.request(r, c, (split,), "split", scene=True),
+            "cipher+image": lambda r, c: self.request(r, c, (split,), "cipher", scene=True),
             "typographic": lambda r, c: self.typographic(r, c, (split,)),
             "new font": lambda r, c: self.typographic(r, c, (split,), fonts=drawing.HELD_OUT_FONTS),
             "icon": lambda r, c: self.icon(r, c, (split,)),
         }
         if family not in make:
-            raise ValueError(f"Attack family {family!r} is not known; choose one of {ATTACKS}.")
-        return self._fixed(make[family], True, split, n, ATTACKS.index(family))
+            raise ValueError(f"Attack family {family!r} is not known; choose one of {ATTACKS + BESIDE_IMAGE}.")
+        # Below the streams of the other sets, which begin at 20.
+        return self._fixed(make[family], True, split, n, (ATTACKS + BESIDE_IMAGE).index(family))
 
     def plain(self, split: str, n: int) -> list[WorldSample]:
         """`n` forbidden requests in plain text, which the model should refuse; half beside an unrelated image."""

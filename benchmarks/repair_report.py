@@ -9,7 +9,7 @@ import math
 import sys
 from pathlib import Path
 
-from care_hf.evaluation import Rate
+from care_hf.rates import Rate
 from care_hf.testbed.world import ATTACKS, BENIGN_TASKS, BESIDE_IMAGE
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"

@@ -23,9 +23,9 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from care_hf import CareForConditionalGeneration, Recipe, load_testbed
+from care_hf.answers import gate_fires, generate_answers
 from care_hf.attacks import pgd
 from care_hf.baselines import gated_mean_difference, gated_random
-from care_hf.evaluation import gate_fires, generate_answers
 from care_hf.fitting import collect, collect_turns
 from care_hf.gating import prompt_ends
 from care_hf.rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora

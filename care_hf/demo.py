@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .baselines import gated_mean_difference, gated_random
-from .evaluation import Rate
 from .fitting import collect, collect_turns
 from .modeling_care import CareForConditionalGeneration
+from .rates import Rate
 from .recipe import RECIPES
 from .testbed import World, load_testbed
 from .testbed.measure import Counts, measure

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from . import resume as resuming
 from .attribution import attribute_tokens, kept_count
-from .evaluation import is_refusal
 from .gating import Gate
+from .judges import is_refusal
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe

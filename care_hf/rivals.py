@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
-from .evaluation import generate_answers
+from .answers import generate_answers
 from .patches import ask_about_image, attribute_patches, keep_patches, patch_count, sequence_logit, with_image
 from .samples import IGNORED, Sample, answered, batches, collate
 from .sites import Site, decoder_layers, hidden_size, output_tensor, record, replace_output, site_module
@@ -44,7 +44,7 @@ def train_refusal_lora(
             weights in place, which a copy that shared them would pass on.
         processor: its processor.
         refused: pairs of a harmful prompt (anything with chat `messages`) and the refusal to give.
-        benign: pairs of a benign prompt and its answer, as a rule the model's own (`evaluation.generate_answers`).
+        benign: pairs of a benign prompt and its answer, as a rule the model's own (`answers.generate_answers`).
         steps: optimiser steps.
         rank: of the adapters.
         lr: peak learning rate.

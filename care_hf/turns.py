@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import resume as resuming
+from .answers import generate_answers
 from .detectors import Cell, Prompts
-from .evaluation import generate_answers
 from .recipe import Recipe
 from .samples import IGNORED, Sample, Samples, answered, generation_prompt
 from .sites import Site, hidden_size, record

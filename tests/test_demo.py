@@ -6,8 +6,8 @@ from typer.testing import CliRunner
 from care_hf import CareForConditionalGeneration, demo
 from care_hf.cli import app
 from care_hf.demo import measurements
-from care_hf.evaluation import Rate
 from care_hf.fitting import fit
+from care_hf.rates import Rate
 from care_hf.recipe import RECIPES
 from care_hf.testbed.measure import measure
 from care_hf.testbed.prompts import fit_prompts

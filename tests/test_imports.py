@@ -9,11 +9,11 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
-    {"projection", "sites", "linalg", "samples"},
-    {"gating"},
+    {"projection", "sites", "linalg", "samples", "rates", "suite"},
+    {"gating", "judges"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing"},
     {"repaired_module"},
-    {"recipe", "attribution", "subspace", "modeling_care", "evaluation", "patches", "resume", "attacks"},
+    {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "attacks"},
     {"turns"},
     {"turn_repair"},
     {"fitting"},

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from care_hf import patches, rivals
-from care_hf.evaluation import generate_answers
+from care_hf.answers import generate_answers
 from care_hf.patches import attribute_patches, keep_patches, patch_count, sequence_logit
 from care_hf.rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
 from care_hf.samples import IGNORED, Sample, answered, collate

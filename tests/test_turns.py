@@ -10,8 +10,8 @@ from transformers import AutoModel
 
 import care_hf
 from care_hf import resume, turns
+from care_hf.answers import generate_answers
 from care_hf.detectors import Cell, fit_detectors
-from care_hf.evaluation import generate_answers
 from care_hf.fitting import collect_turns
 from care_hf.gating import Gate
 from care_hf.recipe import Recipe

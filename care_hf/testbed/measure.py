@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ..evaluation import generate_answers
+from ..answers import generate_answers
 from .judging import VERDICTS, judge
 from .world import ATTACKS, BENIGN_TASKS, World
 

@@ -5,10 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_hf.evaluation import REFUSALS, Rate, gate_fires, generate_answers, is_refusal
+from care_hf.answers import gate_fires, generate_answers
 from care_hf.gating import Gate
+from care_hf.judges import REFUSALS, is_refusal
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import Subspace
+from care_hf.rates import Rate
 from care_hf.samples import Sample, collate, generation_prompt
 from care_hf.sites import Site, record
 from care_hf.subspace import SafetySubspaces

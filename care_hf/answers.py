@@ -39,3 +39,14 @@ def gate_fires(model, processor, samples: Sequence, batch_size: int = 64) -> tor
     finally:
         handle.remove()
     return torch.cat(found)
+
+
+@torch.no_grad()
+def next_token_log_probabilities(model, processor, samples: Sequence, batch_size: int = 64) -> torch.Tensor:
+    """Of the first token of the answers to `samples` (anything with chat `messages`), float32 (n, vocabulary), CPU."""
+    found = []
+    for part in batches(samples, batch_size):
+        batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
+        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        found.append(model(**inputs, use_cache=False).logits[:, -1].float().log_softmax(dim=-1).cpu())
+    return torch.cat(found)

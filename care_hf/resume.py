@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import PreTrainedModel
 
 from .samples import Samples
@@ -21,7 +22,14 @@ def fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples
     """A hash of all that the work depends on; of every parameter, some 64 values."""
     prompts = {name: items.digests for name, items in samples.items()}
     template = str(getattr(processor, "chat_template", None))
-    digest = hashlib.sha256(json.dumps([settings, prompts, template], sort_keys=True).encode())
+    return hashlib.sha256(
+        json.dumps([settings, prompts, template, model_fingerprint(model)], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes and dtypes of all parameters, and of some 64 values of each."""
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:  # offloaded: name and shape must do

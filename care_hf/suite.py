@@ -35,6 +35,7 @@ class Suite:
         attacks: harmful requests by attack family; complying with one is the attack's success.
         harmful: harmful requests without an attack, which the model should go on refusing.
         benign: requests that should be answered, by task.
+        pictured: harmful requests by family, each with one image and a target: what gradient attacks are run on.
         source: plain values that say where the cases come from: ids, configs, splits, revisions, seeds.
     """
 
@@ -42,6 +43,7 @@ class Suite:
     attacks: Mapping[str, Sequence[Case]] = field(default_factory=dict)
     harmful: Sequence[Case] = ()
     benign: Mapping[str, Sequence[Case]] = field(default_factory=dict)
+    pictured: Mapping[str, Sequence[Case]] = field(default_factory=dict)
     source: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -177,13 +177,13 @@ def check_budget(originals: Sequence, attacked: Sequence, eps: float) -> None:
                 )
 
 
-def one_image_prompts(samples: Sequence, targets: Sequence) -> list[Sample]:
+def one_image_prompts(samples: Sequence, targets: Sequence | None = None) -> list[Sample]:
     """The prompts alone.
 
     Raises:
         ValueError: one has no image or several, or there is another number of targets.
     """
-    if len(samples) != len(targets):
+    if targets is not None and len(samples) != len(targets):
         raise ValueError(f"There are {len(samples)} samples and {len(targets)} targets; give one target per sample.")
     prompts = [Sample(sample.messages) for sample in samples]
     for index, prompt in enumerate(prompts):

@@ -1,22 +1,25 @@
 """White-box attacks on the image of a prompt, by gradient through the processor's preprocessing, the model, its repair.
 
 A defence that stands against fixed prompts may only be in their way: `pgd` looks for the image, within a few grey
-levels of the original, that makes the model as it is passed say a given text.
+levels of the original, that makes the model as it is passed say a given text. `universal_attack` looks for one
+perturbation that does so for many prompts.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
-from math import cos, pi
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from transformers.utils import logging
 
-from .samples import Batch, Sample, batches
+from .attack_steps import Climbed, Search, climb
+from .patches import with_image
+from .samples import Batch, Sample, batches, load_image
 from .teacher_forcing import TargetBatch, encode, target_losses
 
 Penalty = Callable[[Batch], torch.Tensor]
@@ -31,12 +34,14 @@ class Attacked:
         losses: (restarts, steps + 1, n), ``-log p(target | prompt)`` in nats of every image on the way, as 8 bits.
         penalties: the same of the penalty, unweighted; zeros if there was none.
         best: int64 (n,), which image of all (restart * (steps + 1) + step) was returned.
+        at_steps: the same of only the first so many steps of every restart, for the numbers that were asked for.
     """
 
     samples: list[Sample]
     losses: torch.Tensor
     penalties: torch.Tensor
     best: torch.Tensor
+    at_steps: Mapping[int, "Attacked"] = field(default_factory=dict)
 
     @property
     def images(self) -> list[Image.Image]:
@@ -64,7 +69,9 @@ def pgd(
     steps: int,
     step_size: float | None = None,
     restarts: int = 2,
-    momentum: float = 0.5,
+    optimiser: str = "mi-fgsm",
+    momentum: float | None = None,
+    keep_steps: Sequence[int] = (),
     penalty: Penalty | None = None,
     weight: float = 0.0,
     seed: int = 0,
@@ -72,16 +79,29 @@ def pgd(
 ) -> Attacked:
     """Look for images within `eps` grey levels of the originals that make `model` answer with `targets`.
 
-    Minimises ``-log p(target | prompt) + weight * penalty`` per sample by sign steps with momentum (MI-FGSM), whose
-    size falls as a cosine. The model only ever sees 8-bit images, so that what is reported is what a saved image does;
-    the best one seen is returned. Restart 0 begins at the clean image, every other one at noise that depends on the
-    seed, the restart and the prompt, not on the prompts beside it.
+    Minimises ``-log p(target | prompt) + weight * penalty`` per sample. The model only ever sees 8-bit images, so that
+    what is reported is what a saved image does; the best one seen is returned. Restart 0 begins at the clean image,
+    every other one at noise that depends on the seed, the restart and the prompt, not on the prompts beside it.
+
+    `optimiser` is "mi-fgsm" (sign steps with momentum, whose size falls as a cosine), "pgd" (the same without
+    momentum) or "apgd" (each prompt halves its own step size when it gets nowhere; see `attack_steps.AutoSteps`).
+
+    One run gives the success against steps. All optimisers plan ahead for `steps`, so that what is kept on the way is
+    the best so far of a longer run, which a run of so few steps need not find::
+
+        attacked = pgd(..., steps=40, keep_steps=(5, 10, 20, 40))
+        attacked.at_steps[10].samples  # after 10 steps of every restart
 
     A hard gate is differentiated as it stands: its decision has no gradient. `penalty` gives one to its score. It is
     called once after each forward and reads what the caller's own hooks have kept of it::
 
         with record(model, [site]) as activations:  # care_hf.sites
             pgd(..., penalty=lambda batch: (activations[site] @ probe).masked_fill(~batch.visual, 0).sum(1), weight=0.1)
+
+    Transfer to a model that cannot be differentiated is the attacked samples of one that can, put to it::
+
+        attacked = pgd(surrogate, processor, samples, targets, eps=16, steps=40)
+        answers = generate_answers(black_box, its_processor, attacked.samples, 32)  # care_hf.answers
 
     Args:
         model: a vision-language model, repaired or not; run in evaluation mode and given back as it was.
@@ -90,9 +110,11 @@ def pgd(
         targets: the text that each answer should begin with.
         eps: radius of the L-infinity ball in grey levels of 255.
         steps: gradient steps of each restart.
-        step_size: the first step in grey levels; `eps` unless told.
+        step_size: the first step in grey levels; unless told `eps`, and for APGD twice that.
         restarts: how many climbs; the best of all is kept.
-        momentum: how much of the past gradients is kept at each step, 0 for plain PGD.
+        optimiser: one of `attack_steps.OPTIMISERS`.
+        momentum: of MI-FGSM, how much of the past gradients is kept at each step; 0.5 unless told.
+        keep_steps: numbers of steps after which the best so far is kept, too.
         penalty: takes the `Batch` that has just run (right padded; `visual` and `text` tell the prompt's tokens from
             the target's), returns what to keep low, (B,), attached to the forward's graph.
         weight: of the penalty. At 0 it is recorded all the same.
@@ -104,88 +126,102 @@ def pgd(
             normalise, a chat template that does not continue a prompt with its answer, a target without tokens, a
             setting out of range, a penalty of another shape, or a loss that is not finite.
     """
-    if not 0 <= eps <= 255:
-        raise ValueError(f"eps={eps} must be in grey levels, from 0 to 255.")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps={steps} and restarts={restarts} must be at least 1.")
-    if len(samples) != len(targets):
-        raise ValueError(f"There are {len(samples)} samples and {len(targets)} targets; give one target per sample.")
-    prompts = [Sample(sample.messages) for sample in samples]
+    search = Search(eps, steps, restarts, optimiser, step_size, momentum, keep_steps)
+    prompts = one_image_prompts(samples, targets)
+    several = next((i for i, target in enumerate(targets) if not isinstance(target, str)), None)
+    if several is not None:
+        raise ValueError(f"`targets`[{several}] is no text; several targets are for `universal_attack.universal`.")
     parts = [part for indices in _by_image_size(prompts) for part in batches(indices, batch_size)]
     # All are encoded before any work, so that a bad prompt is named now.
     encoded = [encode(model, processor, [prompts[i] for i in part], [targets[i] for i in part]) for part in parts]
 
-    settings = {"eps": eps, "steps": steps, "step_size": eps if step_size is None else step_size, "momentum": momentum}
-    climb = partial(_climb, model, processor, penalty=penalty, weight=weight, **settings)
-    losses = torch.zeros(restarts, steps + 1, len(prompts))
-    penalties, best = torch.zeros_like(losses), torch.zeros(len(prompts), dtype=torch.int64)
-    with _frozen(model), torch.enable_grad():
+    climbed = []
+    with frozen(model), torch.enable_grad():
         for i in logging.tqdm(range(len(parts)), desc="Attacking", unit="batch", leave=False):
-            part, clean = parts[i], encoded[i]
-            starts = (_start(clean, eps, seed, restart) for restart in range(restarts))
-            visited = (step for start in starts for step in climb(clean, start))
-            pixels, curves, best[part] = _best(clean, visited, weight)
-            losses[:, :, part], penalties[:, :, part] = curves.unflatten(1, (restarts, steps + 1))
-            if (pixels.int() - clean.pixels.int()).abs().max() > eps:
-                raise ValueError(f"An attacked image is more than eps={eps} grey levels from its original: a bug.")
-            for index, image in zip(part, pixels, strict=True):
-                prompts[index] = _with_image(prompts[index], image)
-    return Attacked(prompts, losses, penalties, best)
+            evaluate = partial(_evaluate, model, processor, encoded[i], penalty, weight)
+            climbed.append(_climb(search, encoded[i], evaluate, weight, seed))
+    result, *at_steps = (_attacked(search, prompts, parts, climbed, kept) for kept in (steps, *keep_steps))
+    for found in (result, *at_steps):
+        check_budget(prompts, found.samples, eps)
+    return replace(result, at_steps=dict(zip(keep_steps, at_steps, strict=True)))
 
 
-def _start(clean: TargetBatch, eps: float, seed: int, restart: int) -> torch.Tensor:
-    """The clean images, or from the second restart uniform noise around them; each prompt has its own stream of it."""
-    original = clean.pixels.float()
-    if restart == 0:
-        return original
-    noise = []
-    for digest in clean.digests:
-        stream = int.from_bytes(hashlib.sha256(f"{seed} {restart} {digest}".encode()).digest()[:7], "big")
-        generator = torch.Generator().manual_seed(stream)
-        noise.append(2 * torch.rand(original.shape[1:], generator=generator) - 1)
-    return original + eps * torch.stack(noise)
+def check_budget(originals: Sequence, attacked: Sequence, eps: float) -> None:
+    """Refuse attacked images that are not 8-bit RGB, of the size of their originals and within `eps` grey levels.
+
+    Args:
+        originals: anything with chat `messages`, images as PIL images inside them.
+        attacked: the same prompts with attacked images.
+        eps: radius of the L-infinity ball in grey levels of 255.
+
+    Raises:
+        ValueError: an image that is not, naming its sample and how far it is from its original.
+    """
+    if len(originals) != len(attacked):
+        raise ValueError(f"There are {len(originals)} originals and {len(attacked)} attacked samples; give pairs.")
+    for index, pair in enumerate(zip(originals, attacked, strict=True)):
+        before, after = (Sample(sample.messages).images for sample in pair)
+        if len(before) != len(after):
+            raise ValueError(f"`attacked`[{index}] has {len(after)} images, its original {len(before)}.")
+        for clean, image in zip(before, after, strict=True):
+            if image.mode != "RGB" or image.size != clean.size:
+                raise ValueError(
+                    f"`attacked`[{index}] is a {image.mode} image of {image.width} x {image.height}; it must be 8-bit "
+                    f"RGB of {clean.width} x {clean.height}, as its original."
+                )
+            distance = np.abs(np.subtract(image, load_image(clean), dtype=np.int16)).max()
+            if distance > eps:
+                raise ValueError(
+                    f"`attacked`[{index}] is {distance} grey levels from its original, more than eps={eps}; an attack "
+                    "has to stay within its budget, on the 8-bit image that is saved."
+                )
 
 
-def _climb(
-    model, processor, clean: TargetBatch, point: torch.Tensor, *, eps, steps, step_size, momentum, penalty, weight
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield every image on the way (uint8) with its losses and penalties (2, B), steps + 1 times."""
-    original, velocity = clean.pixels.float(), torch.zeros_like(point)
-    # Whole grey levels, so that rounding never leaves the ball.
-    low, high = (original - eps).clamp_min(0).ceil(), (original + eps).clamp_max(255).floor()
-    point = point.clamp(low, high)
-    for step in range(steps + 1):
-        # The gradient is taken at the image that can be saved; the steps add up between grey levels.
-        image = point.round().requires_grad_()
-        loss = target_losses(model, processor, clean, image)
-        extra = torch.zeros_like(loss) if penalty is None else penalty(clean.batch).to(loss.device)
-        if extra.shape != loss.shape:
-            raise ValueError(f"The penalty has the shape {tuple(extra.shape)}; it must be one value per sample, (B,).")
-        yield image.detach().to(torch.uint8), torch.stack([loss, extra]).detach().cpu().float()
-        if step < steps:
-            (gradient,) = torch.autograd.grad((loss + weight * extra).sum(), image)
-            scale = gradient.abs().mean((1, 2, 3), keepdim=True).clamp_min(torch.finfo(gradient.dtype).tiny)
-            velocity = momentum * velocity + gradient / scale
-            size = step_size * (1 + cos(pi * step / steps)) / 2
-            point = (point - size * velocity.sign()).clamp(low, high)
+def one_image_prompts(samples: Sequence, targets: Sequence | None = None) -> list[Sample]:
+    """The prompts alone.
+
+    Raises:
+        ValueError: one has no image or several, or there is another number of targets.
+    """
+    if targets is not None and len(samples) != len(targets):
+        raise ValueError(f"There are {len(samples)} samples and {len(targets)} targets; give one target per sample.")
+    prompts = [Sample(sample.messages) for sample in samples]
+    for index, prompt in enumerate(prompts):
+        if len(prompt.images) != 1:
+            raise ValueError(
+                f"`samples`[{index}] has {len(prompt.images)} images; an attack on the image needs exactly one."
+            )
+    return prompts
 
 
-def _best(clean: TargetBatch, visited: Iterable[tuple[torch.Tensor, torch.Tensor]], weight: float):
-    """The best image visited of each prompt (uint8), all losses and penalties (2, visited, B), and which was best."""
-    found, lowest = clean.pixels.clone(), torch.full((len(clean.pixels),), torch.inf)
-    best, curves = torch.zeros(len(found), dtype=torch.int64), []
-    for index, (image, values) in enumerate(visited):
-        objective = values[0] + weight * values[1]
-        if not objective.isfinite().all():
-            raise ValueError(f"The loss of image {index} on the way is not finite; run the model in a wider dtype.")
-        better = objective < lowest
-        found[better], lowest[better], best[better] = image[better], objective[better], index
-        curves.append(values)
-    return found, torch.stack(curves, 1), best
+def losses_and_penalties(
+    model: nn.Module, processor, clean: TargetBatch, image: torch.Tensor, penalty: Penalty | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``-log p(target | prompt)`` (B,) with the images `image` (B, 3, H, W) in [0, 255], and the penalty (B,) or 0.
+
+    Raises:
+        ValueError: the penalty has another shape.
+    """
+    loss = target_losses(model, processor, clean, image)
+    extra = torch.zeros_like(loss) if penalty is None else penalty(clean.batch).to(loss.device)
+    if extra.shape != loss.shape:
+        raise ValueError(f"The penalty has the shape {tuple(extra.shape)}; it must be one value per sample, (B,).")
+    return loss, extra
+
+
+def with_pixels(prompt: Sample, pixels: torch.Tensor) -> Sample:
+    """The same prompt with another image: whole grey levels (3, H, W) from 0 to 255."""
+    return with_image(prompt, Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()))
+
+
+def noise_generator(*names) -> torch.Generator:
+    """The random numbers that belong to these names."""
+    digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradients of parameters, for a while."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -199,22 +235,47 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _climb(search: Search, clean: TargetBatch, evaluate, weight: float, seed: int) -> Climbed:
+    """Attack a batch."""
+    original = clean.pixels.float()
+    # Whole grey levels, so that rounding never leaves the ball.
+    low, high = (original - search.eps).clamp_min(0).ceil(), (original + search.eps).clamp_max(255).floor()
+    starts = (_start(clean, search.eps, seed, restart) for restart in range(search.restarts))
+    return climb(search, starts, low, high, evaluate, weight)
+
+
+def _start(clean: TargetBatch, eps: float, seed: int, restart: int) -> torch.Tensor:
+    """The clean images, or from the second restart uniform noise around them; each prompt has its own stream of it."""
+    original = clean.pixels.float()
+    if restart == 0:
+        return original
+    generators = (noise_generator(seed, restart, digest) for digest in clean.digests)
+    noise = [2 * torch.rand(original.shape[1:], generator=generator) - 1 for generator in generators]
+    return original + eps * torch.stack(noise)
+
+
+def _evaluate(model, processor, clean, penalty, weight, image, backward):
+    """Losses and penalties of images, and the gradient of the objective in them: an `attack_steps.Evaluate`."""
+    image = image.requires_grad_()
+    loss, extra = losses_and_penalties(model, processor, clean, image, penalty)
+    gradient = torch.autograd.grad((loss + weight * extra).sum(), image)[0] if backward else None
+    return torch.stack([loss, extra]).detach().cpu().float(), gradient
+
+
+def _attacked(search: Search, prompts: Sequence[Sample], parts, climbed: Sequence[Climbed], kept: int) -> Attacked:
+    """What all batches together found in their first `kept` steps."""
+    samples, best = list(prompts), torch.zeros(len(prompts), dtype=torch.int64)
+    curves = torch.zeros(2, search.restarts, kept + 1, len(prompts))
+    for part, found in zip(parts, climbed, strict=True):
+        best[part] = found.best[kept]
+        curves[..., part] = torch.stack([found.losses, found.penalties])[:, :, : kept + 1]
+        for index, image in zip(part, found.found[kept], strict=True):
+            samples[index] = with_pixels(prompts[index], image)
+    return Attacked(samples, *curves, best)
+
+
 def _by_image_size(prompts: Sequence[Sample]) -> list[list[int]]:
     sizes: dict[tuple[int, int], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        if len(prompt.images) != 1:
-            raise ValueError(
-                f"`samples`[{index}] has {len(prompt.images)} images; an attack on the image needs exactly one."
-            )
         sizes.setdefault(prompt.images[0].size, []).append(index)
     return list(sizes.values())
-
-
-def _with_image(prompt: Sample, pixels: torch.Tensor) -> Sample:
-    """The same prompt with another image."""
-    image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-    def replace(part):
-        return {**part, "image": image} if part["type"] == "image" else part
-
-    return Sample([{**m, "content": [replace(part) for part in m["content"]]} for m in prompt.messages])

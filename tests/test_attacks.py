@@ -3,12 +3,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from attacking import independent_losses, pixels
 from conftest import random_subspace
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from care_hf.attacks import pgd
+from care_hf.attack_steps import OPTIMISERS
+from care_hf.attacks import check_budget, pgd
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.samples import Sample
 from care_hf.sites import Site, record
@@ -32,25 +34,6 @@ def targets(prompts):
 @pytest.fixture(scope="module")
 def attacked(testbed, prompts, targets):
     return pgd(*testbed, prompts, targets, eps=EPS, steps=5)
-
-
-def pixels(samples):
-    return np.stack([np.asarray(sample.messages[0]["content"][0]["image"]) for sample in samples]).astype(int)
-
-
-def independent_losses(model, processor, samples, targets):
-    """-log p of the targets one prompt at a time, by the processor's own preprocessing, from the written prompt."""
-    losses = []
-    for sample, target in zip(samples, targets, strict=True):
-        image, text = (part[part["type"]] for part in sample.messages[0]["content"])
-        written = f"<s><user><image>{text}<assistant>{target}"
-        inputs = processor(text=written, images=image, add_special_tokens=False, return_tensors="pt")
-        ids = inputs["input_ids"][0]
-        first = ids.tolist().index(processor.tokenizer.convert_tokens_to_ids("<assistant>")) + 1
-        with torch.no_grad():
-            log_p = model(**inputs).logits[0].double().log_softmax(-1)
-        losses.append(-sum(log_p[i - 1, ids[i]].item() for i in range(first, len(ids))))
-    return torch.tensor(losses)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (48, 61)])
@@ -98,7 +81,9 @@ def test_the_gradient_is_the_finite_difference(testbed, prompts, targets, monkey
     torch.testing.assert_close((ahead - behind) / 2e-3, slope, rtol=1e-4, atol=1e-8)
 
 
-def test_images_are_valid_and_do_what_is_reported(testbed, prompts, targets, attacked):
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_images_are_valid_and_do_what_is_reported(testbed, prompts, targets, optimiser):
+    attacked = pgd(*testbed, prompts, targets, eps=EPS, steps=5, optimiser=optimiser)
     distance = np.abs(pixels(attacked.samples) - pixels(prompts))
     assert 1 < distance.max() <= EPS
     assert all(image.mode == "RGB" and image.size == (48, 48) for image in attacked.images)
@@ -140,6 +125,82 @@ def test_images_of_several_sizes_keep_their_order(testbed, prompts, targets):
     assert [image.size for image in result.images] == [(48, 48), (56, 48), (48, 48)]
     # What the processor cuts away does nothing.
     torch.testing.assert_close(result.losses[0, 0, 0], result.losses[0, 0, 1], rtol=1e-3, atol=1e-4)
+
+
+def test_optimisers_share_their_start_and_then_part(testbed, prompts, targets, attacked):
+    settings = {"eps": EPS, "steps": 5}
+    told = pgd(*testbed, prompts, targets, **settings, optimiser="mi-fgsm", momentum=0.5)
+    plain = pgd(*testbed, prompts, targets, **settings, optimiser="pgd")
+    auto = pgd(*testbed, prompts, targets, **settings, optimiser="apgd")
+    assert torch.equal(told.losses, attacked.losses)
+    assert torch.equal(plain.losses, pgd(*testbed, prompts, targets, **settings, momentum=0.0).losses)
+    for other in (plain, auto):
+        assert torch.equal(other.losses[:, 0], attacked.losses[:, 0])
+        assert not torch.equal(other.losses[:, 2], attacked.losses[:, 2])
+    # All begin by a sign step that reaches the ball's surface.
+    assert torch.equal(auto.losses[0, 1], plain.losses[0, 1])
+
+
+def test_apgd_of_a_prompt_is_its_own(testbed, prompts, targets):
+    settings = {"eps": EPS, "steps": 4, "optimiser": "apgd", "restarts": 1}
+    together = pgd(*testbed, prompts, targets, **settings)
+    alone = [pgd(*testbed, [p], [t], **settings) for p, t in zip(prompts, targets, strict=True)]
+    losses = torch.cat([one.losses for one in alone], dim=2)
+    # Batches round differently, which may turn the sign of a gradient near 0.
+    torch.testing.assert_close(losses[:, :2], together.losses[:, :2], rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(losses, together.losses, rtol=0.1, atol=0.01)
+
+
+def test_one_run_gives_the_best_of_every_number_of_steps(testbed, prompts, targets, attacked):
+    kept = (0, 1, 3, 5)
+    calls = []
+    hook = testbed[0].register_forward_hook(lambda *_: calls.append(1))
+    result = pgd(*testbed, prompts, targets, eps=EPS, steps=5, keep_steps=kept)
+    hook.remove()
+    assert len(calls) == 2 * 6  # one for each image on the way
+    assert torch.equal(result.losses, attacked.losses) and torch.equal(result.best, attacked.best)
+    assert tuple(result.at_steps) == kept and attacked.at_steps == {}
+    for steps, at in result.at_steps.items():
+        assert torch.equal(at.losses, result.losses[:, : steps + 1])
+        assert torch.equal(at.loss, result.losses[:, : steps + 1].amin((0, 1)))
+        measured = independent_losses(*testbed, at.samples, targets)
+        torch.testing.assert_close(at.loss.double(), measured.double(), rtol=1e-3, atol=1e-4)
+    assert (pixels(result.at_steps[5].samples) == pixels(result.samples)).all()
+    # A run of fewer steps takes smaller steps in the end, apart from the first.
+    short = pgd(*testbed, prompts, targets, eps=EPS, steps=1)
+    assert torch.equal(short.losses, result.at_steps[1].losses)
+    assert (pixels(short.samples) == pixels(result.at_steps[1].samples)).all()
+
+
+def test_images_beyond_the_budget_are_refused(prompts):
+    check_budget(prompts, prompts, 0)
+
+    def changed(image):
+        content = [{"type": "image", "image": image}, prompts[1].messages[0]["content"][1]]
+        return [prompts[0], Sample([{"role": "user", "content": content}]), *prompts[2:]]
+
+    clean = pixels(prompts)[1]
+    far = clean.copy()
+    far[3, 4, 2] += 9 if far[3, 4, 2] < 128 else -9
+    far = changed(Image.fromarray(far.astype(np.uint8)))
+    check_budget(prompts, far, 9)
+    with pytest.raises(ValueError, match=r"`attacked`\[1\] is 9 grey levels from its original, more than eps=8"):
+        check_budget(prompts, far, 8)
+    with pytest.raises(ValueError, match=r"`attacked`\[1\] is 9 grey levels"):
+        check_budget(far, prompts, 8.9)
+    image = Image.fromarray(clean.astype(np.uint8))
+    for other, described in (
+        (image.convert("RGBA"), "RGBA image of 48 x 48"),
+        (image.convert("L").convert("F"), "F image of 48 x 48"),
+        (image.crop((0, 0, 48, 40)), "RGB image of 48 x 40"),
+    ):
+        with pytest.raises(ValueError, match=rf"`attacked`\[1\] is a {described}; .* 8-bit RGB of 48 x 48"):
+            check_budget(prompts, changed(other), 255)
+    with pytest.raises(ValueError, match="4 originals and 3 attacked"):
+        check_budget(prompts, prompts[:3], 8)
+    without = [Sample([{"role": "user", "content": [{"type": "text", "text": "?"}]}])]
+    with pytest.raises(ValueError, match=r"`attacked`\[0\] has 0 images, its original 1"):
+        check_budget(prompts[:1], without, 8)
 
 
 def test_no_room_returns_the_original(testbed, prompts, targets):
@@ -194,6 +255,9 @@ def test_the_model_is_given_back_as_it_was(llava, processor, prompts, targets):
         ({"restarts": 0}, "restarts=0"),
         ({"targets": ["step"]}, "one target per sample"),
         ({"targets": [""] * 4}, "target"),
+        ({"targets": ["step", ["step", "mix"], "step", "step"]}, r"`targets`\[1\] is no text"),
+        ({"optimiser": "adam"}, "optimiser='adam'"),
+        ({"keep_steps": (2,)}, "keep_steps"),
     ],
 )
 def test_bad_settings_are_named(testbed, prompts, targets, bad, message):

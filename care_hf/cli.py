@@ -34,6 +34,41 @@ def demo(
     console.print(f"Written to {out}: the four checkpoints, table.md, counts.json", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for the report; an interrupted run that finds it goes on.")],
+    comparison: Annotated[Path, typer.Option(help="Which defences, and how much is measured (YAML).")],
+    seed: Annotated[int, typer.Option(min=0, max=1, help="Which bundled testbed checkpoint.")] = 0,
+    split: Annotated[str, typer.Option(help="Whose prompts: validation, to choose by, or test, to report.")] = "test",
+    quick: Annotated[bool, typer.Option(help="A small share of the budget, to see that everything runs.")] = False,
+) -> None:
+    """Train the defences of a comparison on the bundled testbed, and measure them side by side."""
+    from dataclasses import replace
+
+    from transformers.utils import logging
+
+    from .comparison import Comparison, compare
+    from .judges import StrictJudge
+    from .testbed import load_testbed
+    from .testbed.suite import FitPrompts, load_suite
+    from .testbed.world import REFUSAL
+
+    logging.set_verbosity_error()
+    try:
+        plan = Comparison.load(comparison)
+        suite = load_suite(split, plan.budget.cases)
+    except (OSError, ValueError) as error:
+        console.print(str(error), style="red", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
+    plan = replace(plan, budget=plan.budget.quick()) if quick else plan
+    model, processor = load_testbed(seed)
+    console.print(f"{len(plan.defences)} defences, {sum(map(len, suite.sets.values()))} prompts, budget {plan.budget}")
+    judge = StrictJudge(REFUSAL)
+    report = compare(model, processor, suite, FitPrompts(), plan, judge=judge, out=out / "cells")
+    report.save(out)
+    console.print(f"Written to {out}: report.md, report.json, answers.json", highlight=False, soft_wrap=True)
+
+
 def _table(columns: dict) -> Table:
     """One line per measurement and one column per defence, within 80 characters."""
     title = "Percent and 95 % Wilson interval (rounded outwards); greedy decoding, strict judging, test split"

@@ -1,6 +1,7 @@
 """What an evaluation found: rates with intervals, as Markdown, JSON and a figure."""
 
 import importlib.metadata
+import importlib.util
 import json
 import math
 import platform
@@ -187,8 +188,8 @@ class Report:
                 f"{' and '.join(budget['optimisers'])}, penalty weights {', '.join(map(str, budget['weights']))}; a "
                 "prompt counts if any of them succeeds",
                 self.gradient_table(),
-                f"### Success against steps: eps {budget['eps'][0]}, {budget['optimisers'][0]}, through each defence, all"
-                " families, any weight",
+                f"### Success against steps: eps {budget['eps'][0]}, {budget['optimisers'][0]}, through each defence, "
+                "all families, any weight",
                 self.steps_table(),
             ]
         for judge in list(self.settings["judges"])[1:]:
@@ -210,13 +211,15 @@ class Report:
         return {"settings": dict(self.settings), "results": results}
 
     def save(self, folder: str | Path) -> None:
-        """Write ``report.md``, ``report.json``, ``answers.json`` and, where matplotlib is installed, the figure."""
+        """Write ``report.md``, ``report.json``, ``answers.json`` and, where matplotlib is installed, ``report.png``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
         (folder / "report.md").write_text(self.markdown())
         answers = {n: {label: s["answers"] for label, s in f["sets"].items()} for n, f in self.results.items()}
         (folder / "answers.json").write_text(json.dumps(answers) + "\n")
+        if importlib.util.find_spec("matplotlib"):
+            self.figure(folder / "report.png")
 
     def figure(self, path: str | Path) -> None:
         """Draw attack success against benign answers that are right, one point per defence with its intervals.

@@ -1,7 +1,7 @@
 """Train the defences of a comparison from one set of prompts, each by a short specification."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from .recipe import Recipe
 from .rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
 from .samples import Sample, load_samples
 from .sites import Site
+from .steering_vectors import SteeringVectors
 from .subspace import SafetySubspaces, random_like
 from .turn_repair import solve_turns
 
@@ -148,8 +149,6 @@ def _repair(trainer: Trainer, specification: Specification) -> Defence:
 
 
 def _ungated(trainer: Trainer, specification: Specification) -> Defence:
-    from dataclasses import replace
-
     subspaces = trainer.subspaces(specification)
     return Repair(replace(subspaces, gate=subspaces.gate.ungated()), specification.settings)
 
@@ -224,7 +223,7 @@ def _spo(trainer: Trainer, specification: Specification) -> Defence:
         )
     options = _training(specification)
     steering = train_preference_steering(trainer.model, trainer.processor, complied, kept, seed=trainer.seed, **options)
-    return Steered(steering.on, specification.settings)
+    return Steered(lambda m: SteeringVectors(m, steering.vectors), specification.settings)
 
 
 KINDS: dict[str, Callable[[Trainer, Specification], Defence]] = {

@@ -9,16 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
-    {"projection", "sites", "linalg", "samples", "rates", "suite"},
-    {"gating", "judges"},
+    {"projection", "sites", "linalg", "samples", "rates", "suite", "cells", "attack_steps"},
+    {"gating", "judges", "report"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing"},
     {"repaired_module"},
-    {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "attacks"},
-    {"turns"},
-    {"turn_repair"},
-    {"fitting"},
-    {"baselines", "rivals", "testbed"},
-    {"demo"},
+    {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
+    {"turns", "attacks", "preference_steering", "model_judges"},
+    {"turn_repair", "adaptive", "universal_attack", "defences"},
+    {"fitting", "measuring"},
+    {"baselines", "rivals", "testbed", "evaluation"},
+    {"training", "demo"},
+    {"comparison"},
     {"cli"},
 ]
 REMOTE_CODE = {

@@ -174,35 +174,41 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _stated(text: str, letters: str, choices: Sequence[str]) -> set[str]:
-    """Letters after "answer is"; "B or C" and "both B and C" are two."""
-    letter = rf"\(?[{letters}]\b\)?"
-    among = rf"(?:both )?{letter}(?:(?:, | or | and |, or |, and |/){letter})*"
-    lead = r"\b(?i:answer|choice|option)(?: is|:| is:)"
+    """Letters, or the letter of an option's text, after "answer is"."""
+    lead = r"\b(?i:answer|choice|option)(?: is|:| is:)\s?"
     found = set(re.findall(rf"\\boxed\{{(?:\\text\{{)?\(?([{letters}])\b", text))
-    for match in re.finditer(rf"{lead}\s?({among})(?![\w'])", text):
+    for match in re.finditer(rf"{lead}({_several(letters)})(?![\w'])", text):
         found |= set(re.findall(rf"\b[{letters}]\b", match[1]))
-    for match in re.finditer(rf"{lead}\s?(.+)", text):
+    for match in re.finditer(rf"{lead}(.+)", text):
         found |= _whole_option(match[1], letters, choices)
     return found
 
 
 def _begun(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """The whole text as a letter or an option, or its first letter if a mark or that option's text follows."""
-    found = _whole_option(text, letters, choices)
-    several = rf"(?:or |and )?\(?[{letters}]\b"
     if match := re.fullmatch(rf"\(?([{letters}])\)?[.:,]?", text.upper()):
-        found.add(match[1])
-    elif match := re.match(rf"\(?([{letters}])(?:\)[.:]? ?|[.:]\s|\n|, (?!{several}))(.*)|([{letters}]) (.*)", text):
-        letter, rest = match[1] or match[3], match[2] or match[4] or ""
-        texts = _whole_option(rest, letters, choices)
-        # A bare capital may be an article ("A cat sits there"), so it needs the option's text after it.
-        found |= texts | {letter} if match[1] or letter in texts else set()
-    return found
+        return _whole_option(text, letters, choices) | {match[1]}
+    if match := re.match(rf"{_several(letters)}(?![\w'])", text):
+        listed = set(re.findall(rf"\b[{letters}]\b", match[0]))
+        if len(listed) > 1:
+            return listed
+    if match := re.match(rf"\(?([{letters}])(?:\)[.:]? ?|[.:]\s|\n|, )(.*)", text):
+        return {match[1]} | _whole_option(match[2], letters, choices)
+    # A bare capital may be an article ("A cat sits there"), so it needs its option's text after it.
+    match = re.match(rf"([{letters}]) (.*)", text)
+    rest = _whole_option(match[2], letters, choices) if match else set()
+    return _whole_option(text, letters, choices) | (rest if match and match[1] in rest else set())
 
 
 def _named(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """Letters in brackets or after "option" anywhere."""
     return {a or b for a, b in re.findall(rf"\(([{letters}])\)|\b(?i:option|choice) ([{letters}])\b", text)}
+
+
+def _several(letters: str) -> str:
+    """A pattern of one letter or more: "B", "(B) or (C)", "both B and C"."""
+    letter = rf"\(?\b[{letters}]\b\)?"
+    return rf"(?:both )?{letter}(?:(?:, | or | and |, or |, and |/){letter})*"
 
 
 def _whole_option(text: str, letters: str, choices: Sequence[str]) -> set[str]:

@@ -67,7 +67,14 @@ def test_strict_is_the_reference_word_for_word(answer, verdict):
 
 def test_strict_judges_as_the_testbed_does(world):
     samples = [*world.plain("test", 3), *world.benign("count", "test", 3), *world.attack("icon", "test", 3)]
-    answers = {REFUSAL, REFUSAL[:-2], "i cannot help with salt .", "", *(sample.answer for sample in samples)}
+    answers = {
+        REFUSAL,
+        REFUSAL[:-2],
+        f"{REFUSAL} or so",
+        "i cannot help with salt .",
+        "",
+        *(sample.answer for sample in samples),
+    }
     names = {"correct": "complied", "refused": "refused", "wrong": "other"}
     pairs = [(sample, answer) for sample in samples for answer in sorted(answers)]
     expected = [names[judge(answer, sample)] for sample, answer in pairs]

@@ -164,10 +164,11 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
         ValueError: there are no choices, or more than letters.
     """
     letters = choice_letters(choices)
-    lines = (_plain(line, str) for line in re.sub(r"[*`$]", "", answer).splitlines())
+    unmarked = [re.sub(r"[*`$]", "", part) for part in (answer, *choices)]  # bold, code and formulas
+    lines = (_plain(line, str) for line in unmarked[0].splitlines())
     text = "\n".join(line for line in lines if line)
     for read in (_stated, _begun, _named):
-        found = read(text, letters, choices)
+        found = read(text, letters, unmarked[1:])
         if found:
             return found.pop() if len(found) == 1 else None
     return None
@@ -214,7 +215,8 @@ def _several(letters: str) -> str:
 def _whole_option(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """Letters of the options of which `text` is the whole text, but for a full stop."""
     plain = _plain(text).rstrip(".")
-    return {letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice).rstrip(".") == plain}
+    texts = (_plain(choice).rstrip(".") for choice in choices)
+    return {letter for letter, option in zip(letters, texts, strict=True) if option and option == plain}
 
 
 def _plain(text: str, fold: Callable[[str], str] = str.lower) -> str:

@@ -173,6 +173,12 @@ def test_a_refusal_of_a_choice_is_one_unless_it_chooses():
 def test_options_that_are_letters_or_the_same_are_unclear():
     assert parse_choice("B", ("B", "A")) is None and parse_choice("C", ("C", "C")) is None
     assert parse_choice("blue", ("blue", "red", "Blue.")) is None
+    assert parse_choice("", ("", "red")) is parse_choice(".", ("", "red")) is None
+
+
+def test_marks_of_formulas_and_bold_type_do_not_matter():
+    for answer in ("$x*y$", "x*y", "**$xy$**", "The answer is $x*y$."):
+        assert parse_choice(answer, ("$y$", "$x*y$")) == "B"
 
 
 @pytest.mark.parametrize(

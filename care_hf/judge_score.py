@@ -1,8 +1,9 @@
 """How far a judge can be trusted: its verdicts on answers that were labelled by hand.
 
-What the labels mean is set out in `LABELS`. The requests are harmless or only named in the abstract ("procedure Q-7"),
-so this measures whether a judge tells answering from declining and from neither; a classifier of harm, which finds
-nothing harmful here, is rightly of no use on it.
+What the labels mean is set out in `LABELS`. Most of the committed answers were written to be hard, so a score on them
+tells where a judge errs and in which direction, not how often it errs on what a model says: label some of its answers
+for that. The requests are harmless or only named in the abstract ("procedure Q-7"): a classifier of harm, which finds
+nothing harmful here, is rightly of no use on them.
 """
 
 import json

@@ -164,40 +164,41 @@ def parse_choice(answer: str, choices: Sequence[str]) -> str | None:
         ValueError: there are no choices, or more than letters.
     """
     letters = choice_letters(choices)
-    lines = (_plain(line, str) for line in re.sub(r"[*`$]", "", answer).splitlines())
+    unmarked = [re.sub(r"[*`$]", "", part) for part in (answer, *choices)]  # bold, code and formulas
+    lines = (_plain(line, str) for line in unmarked[0].splitlines())
     text = "\n".join(line for line in lines if line)
     for read in (_stated, _begun, _named):
-        found = read(text, letters, choices)
+        found = read(text, letters, unmarked[1:])
         if found:
             return found.pop() if len(found) == 1 else None
     return None
 
 
 def _stated(text: str, letters: str, choices: Sequence[str]) -> set[str]:
-    """Letters after "answer is"; "B or C" and "both B and C" are two."""
-    letter = rf"\(?[{letters}]\b\)?"
-    among = rf"(?:both )?{letter}(?:(?:, | or | and |, or |, and |/){letter})*"
-    lead = r"\b(?i:answer|choice|option)(?: is|:| is:)"
+    """Letters, or the letter of an option's text, after "answer is"."""
+    lead = r"\b(?i:answer|choice|option)(?: is|:| is:)\s?"
     found = set(re.findall(rf"\\boxed\{{(?:\\text\{{)?\(?([{letters}])\b", text))
-    for match in re.finditer(rf"{lead}\s?({among})(?![\w'])", text):
+    for match in re.finditer(rf"{lead}({_several(letters)})(?![\w'])", text):
         found |= set(re.findall(rf"\b[{letters}]\b", match[1]))
-    for match in re.finditer(rf"{lead}\s?(.+)", text):
+    for match in re.finditer(rf"{lead}(.+)", text):
         found |= _whole_option(match[1], letters, choices)
     return found
 
 
 def _begun(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """The whole text as a letter or an option, or its first letter if a mark or that option's text follows."""
-    found = _whole_option(text, letters, choices)
-    several = rf"(?:or |and )?\(?[{letters}]\b"
     if match := re.fullmatch(rf"\(?([{letters}])\)?[.:,]?", text.upper()):
-        found.add(match[1])
-    elif match := re.match(rf"\(?([{letters}])(?:\)[.:]? ?|[.:]\s|\n|, (?!{several}))(.*)|([{letters}]) (.*)", text):
-        letter, rest = match[1] or match[3], match[2] or match[4] or ""
-        texts = _whole_option(rest, letters, choices)
-        # A bare capital may be an article ("A cat sits there"), so it needs the option's text after it.
-        found |= texts | {letter} if match[1] or letter in texts else set()
-    return found
+        return _whole_option(text, letters, choices) | {match[1]}
+    if match := re.match(rf"{_several(letters)}(?![\w'])", text):
+        listed = set(re.findall(rf"\b[{letters}]\b", match[0]))
+        if len(listed) > 1:
+            return listed
+    if match := re.match(rf"\(?([{letters}])(?:\)[.:]? ?|[.:]\s|\n|, )(.*)", text):
+        return {match[1]} | _whole_option(match[2], letters, choices)
+    # A bare capital may be an article ("A cat sits there"), so it needs its option's text after it.
+    match = re.match(rf"([{letters}]) (.*)", text)
+    rest = _whole_option(match[2], letters, choices) if match else set()
+    return _whole_option(text, letters, choices) | (rest if match and match[1] in rest else set())
 
 
 def _named(text: str, letters: str, choices: Sequence[str]) -> set[str]:
@@ -205,10 +206,17 @@ def _named(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     return {a or b for a, b in re.findall(rf"\(([{letters}])\)|\b(?i:option|choice) ([{letters}])\b", text)}
 
 
+def _several(letters: str) -> str:
+    """A pattern of one letter or more: "B", "(B) or (C)", "both B and C"."""
+    letter = rf"\(?\b[{letters}]\b\)?"
+    return rf"(?:both )?{letter}(?:(?:, | or | and |, or |, and |/){letter})*"
+
+
 def _whole_option(text: str, letters: str, choices: Sequence[str]) -> set[str]:
     """Letters of the options of which `text` is the whole text, but for a full stop."""
     plain = _plain(text).rstrip(".")
-    return {letter for letter, choice in zip(letters, choices, strict=True) if _plain(choice).rstrip(".") == plain}
+    texts = (_plain(choice).rstrip(".") for choice in choices)
+    return {letter for letter, option in zip(letters, texts, strict=True) if option and option == plain}
 
 
 def _plain(text: str, fold: Callable[[str], str] = str.lower) -> str:

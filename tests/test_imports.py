@@ -9,12 +9,23 @@ PACKAGE = Path(__file__).parents[1] / "care_hf"
 
 # Each module may use those of its own row and of earlier ones: data flows one way.
 ORDER = [
-    {"projection", "sites", "linalg", "samples", "rates", "suite", "cells", "attack_steps"},
-    {"gating", "judges", "report"},
+    {
+        "projection",
+        "sites",
+        "linalg",
+        "samples",
+        "rates",
+        "suite",
+        "cells",
+        "attack_steps",
+        "continuations",
+        "judge_styles",
+    },
+    {"gating", "judges", "report", "model_judges", "judge_score"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing"},
     {"repaired_module"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
-    {"turns", "attacks", "preference_steering", "model_judges"},
+    {"turns", "attacks", "preference_steering"},
     {"turn_repair", "adaptive", "universal_attack", "defences"},
     {"fitting", "measuring"},
     {"baselines", "rivals", "testbed", "evaluation"},

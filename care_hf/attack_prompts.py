@@ -168,7 +168,8 @@ def draw_text(
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     width, height = (length - 2 * margin for length in size)
-    for pixels in range(font_size, SMALLEST_FONT - 1, -2):
+    smallest = min(font_size, SMALLEST_FONT)
+    for pixels in range(font_size, smallest - 1, -2):
         style = {"font": _font(font, pixels), "spacing": pixels // 8}
         wrapped = "\n".join(line for paragraph in text.split("\n") for line in _wrap(paragraph, style["font"], width))
         box = draw.multiline_textbbox((margin, margin), wrapped, **style)
@@ -177,7 +178,7 @@ def draw_text(
             return image
     raise ValueError(
         f"The text {text!r:.60} of {len(text)} characters does not fit into {size[0]} x {size[1]} pixels at fonts of "
-        f"{font_size} down to {SMALLEST_FONT} pixels; give a larger size or a shorter text."
+        f"{font_size} down to {smallest} pixels; give a larger size or a shorter text."
     )
 
 

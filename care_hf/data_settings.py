@@ -37,13 +37,13 @@ class DataSettings:
 
     name: str
     reader: str
-    id: str
+    id: str | Path
     role: str | Mapping[str, str]
     configs: tuple[str, ...] = ()
     splits: tuple[str, ...] = ("train",)
     revision: str | None = None
     data_files: Mapping[str, str] | None = None
-    image_root: str | None = None
+    image_root: str | Path | None = None
     image_source: str = ""
     columns: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +53,9 @@ class DataSettings:
             value = getattr(self, name)
             value = (value,) if isinstance(value, str) else tuple(value or ())
             object.__setattr__(self, name, value)
+        for name in ("id", "image_root"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
         for name in ("columns", "options"):
             object.__setattr__(self, name, dict(getattr(self, name) or {}))
         if self.reader not in READERS:

@@ -67,6 +67,8 @@ def _mm_safetybench_splits(tables: Tables, name: str, options: Options) -> dict[
             raise ValueError(f"{name}: add {TEXT_ONLY!r} to `splits`; answers are judged on its plain questions.")
         plain = tables[scenario, TEXT_ONLY]
         requests = dict(zip(plain["id"], plain["question"], strict=True))
+        if len(requests) < len(plain):
+            raise ValueError(f"{name}: {scenario}/{TEXT_ONLY} has ids that are not unique, and rows are joined by id.")
         for index, key in enumerate(table["id"]):
             if key not in requests:
                 raise ValueError(f"{name}: {scenario}/{split} has the id {key!r}, which {TEXT_ONLY} lacks.")

@@ -8,8 +8,8 @@ from .rows import OpenImage, Options, Reader, Row, blank, chat, label, one_image
 from .suite import Case
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-PLEASE = "Answer with the option's letter from the given choices directly."
-PLEASE_OPEN = "Answer the question using a single word or phrase."
+LETTER_PLEASE = "Answer with the option's letter from the given choices directly."
+PHRASE_PLEASE = "Answer the question using a single word or phrase."
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))  # of MMMU
 
 
@@ -99,7 +99,7 @@ UTILITY_READERS: dict[str, Reader] = {
         columns=("question", "hint", "A", "B", "C", "D", "answer", "image"),
         optional=("E", "category"),
         images=("image",),
-        options={"please": PLEASE},
+        options={"please": LETTER_PLEASE},
     ),
     "mm-vet": Reader(
         _mmvet,
@@ -112,13 +112,13 @@ UTILITY_READERS: dict[str, Reader] = {
         columns=("image", "question", "choices", "answer"),
         optional=("hint", "subject"),
         images=("image",),
-        options={"please": PLEASE},
+        options={"please": LETTER_PLEASE},
     ),
     "mmmu": Reader(
         _mmmu,
         columns=("question", "options", "answer", "image_1"),
         optional=("id", "subfield", *IMAGES[1:]),
         images=IMAGES,
-        options={"please": PLEASE, "please_open": PLEASE_OPEN},
+        options={"please": LETTER_PLEASE, "please_open": PHRASE_PLEASE},
     ),
 }

@@ -115,7 +115,7 @@ class DataSettings:
 
 
 def load_table(settings: DataSettings, config: str, split: str):
-    """One config ("" if the set has none) and split as a `datasets.Dataset`: the reader's columns, images undecoded.
+    """One config ("" if the set has none) and split as a `datasets.Dataset`: only the reader's columns, by its names.
 
     Raises:
         ValueError: columns are missing, or there are no rows.
@@ -135,11 +135,7 @@ def load_table(settings: DataSettings, config: str, split: str):
     names = _columns(settings, reader, table.column_names, f"config={config or None!r}, split={split!r}")
     if not len(table):
         raise ValueError(f"{settings.name}: config={config or None!r}, split={split!r} has no rows.")
-    table = table.select_columns(list(names.values())).rename_columns({own: name for name, own in names.items()})
-    for column in reader.images:
-        if isinstance(table.features.get(column), datasets.Image):
-            table = table.cast_column(column, datasets.Image(decode=False))
-    return table
+    return table.select_columns(list(names.values())).rename_columns({own: name for name, own in names.items()})
 
 
 def _columns(settings: DataSettings, reader: Reader, found: Sequence[str], where: str) -> dict[str, str]:
@@ -175,10 +171,12 @@ def _where(settings: DataSettings, config: str, split: str) -> dict[str, Any]:
         return {"path": settings.id, "split": split, **arguments}
     if _has_card(root):
         return {"path": str(root), "name": config or None, "split": split}
-    files = _local_files(root, config, split, several=len(settings.configs) > 1)
-    builders = {BUILDERS[file.suffix] for file in files}
-    if len(builders) > 1:
-        raise ValueError(f"{[str(file) for file in files]} are of several kinds; keep one.")
+    if root.is_file() and len(settings.configs or ("",)) * len(settings.splits) > 1:
+        raise ValueError(f"one file cannot hold the configs {settings.configs} and splits {settings.splits}.")
+    files = [root] if root.is_file() else _local_files(root, config, split, several=len(settings.configs) > 1)
+    builders = {BUILDERS.get(file.suffix) for file in files}
+    if len(builders) > 1 or None in builders:
+        raise ValueError(f"{[str(file) for file in files]} must be of one kind, one of {tuple(BUILDERS)}.")
     # Splits of local files are told by their names here, for `datasets` knows no others than train, test, validation.
     return {"path": builders.pop(), "data_files": {"train": [str(file) for file in files]}, "split": "train"}
 
@@ -191,19 +189,18 @@ def _has_card(root: Path) -> bool:
 
 def _local_files(root: Path, config: str, split: str, several: bool) -> list[Path]:
     """The files of a config and split: those that are named so, or that lie in folders named so."""
-    if root.is_file():
-        return [root]
     files = sorted(path for path in root.rglob("*") if path.suffix in BUILDERS)
     folders = {path: path.relative_to(root).parts[:-1] for path in files}
-    of_config = [path for path in files if config in folders[path]]
-    files_of_config = of_config if of_config or several else files
-    named = [path for path in files_of_config if path.stem == split or path.stem.startswith(f"{split}-")]
-    matches = named or [path for path in files_of_config if split in folders[path]]
+    of_config = [path for path in files if not config or config in folders[path]]
+    if not of_config and not several:  # the folder of the config itself; never that of another config
+        of_config = [path for path in files if folders[path] in ((), ("data",))]
+    named = [path for path in of_config if path.stem == split or path.stem.startswith(f"{split}-")]
+    matches = named or [path for path in of_config if split in folders[path]]
     if not matches:
         found = [str(path.relative_to(root)) for path in files]
         raise FileNotFoundError(
             f"no file in {str(root)!r} is called {split!r} (+ one of {tuple(BUILDERS)})"
-            + (f" in a folder {config!r}" if several else "")
+            + (f" in a folder {config!r}" if config else "")
             + f"; found {found[:20]}. Rename it, or give the file itself as `id`."
         )
     return matches

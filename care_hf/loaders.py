@@ -93,11 +93,14 @@ def load_suite(sets: Iterable[DataSettings | str | Path], limit: int | None = No
         name: of the suite.
 
     Raises:
-        ValueError, OSError: see `load_cases`.
+        ValueError: two sets have the same name, a part has no role, or see `load_cases`.
+        OSError: see `load_cases`.
     """
     loaded: dict[str, dict[str, LazyCases]] = {role: {} for role in ROLES}
     source = {}
     for settings in map(DataSettings.load, sets):
+        if settings.name in source:
+            raise ValueError(f"Two sets are called {settings.name!r}; give one of them another `name`.")
         source[settings.name] = {**settings.to_dict(), "limit": limit}
         for part, cases in load_cases(settings, limit).items():
             name_of_part = settings.name if part == settings.name else f"{settings.name}/{part}"
@@ -109,8 +112,6 @@ def load_suite(sets: Iterable[DataSettings | str | Path], limit: int | None = No
 
 def _image_path(value: Any, settings: DataSettings) -> Path | None:
     """The file that an image column points to; None if the image is in the table."""
-    if isinstance(value, Mapping):
-        value = None if value.get("bytes") else value.get("path")
     return Path(settings.image_root or "", value).expanduser() if isinstance(value, str) else None
 
 

@@ -101,6 +101,7 @@ def test_every_template_holds_the_request(name):
 
 def test_templates_of_ones_own():
     assert parts(from_template("a {first} b", "<{request}|{second}>")) == ["<a {first} b|b>"]
+    assert parts(from_template("a b c d", "{first}|{second}")) == ["a b|c d"]
     with pytest.raises(ValueError, match=r"neither one of .*'rot13'.* nor a text with a place"):
         from_template(REQUEST, "rot14")
 

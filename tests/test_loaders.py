@@ -81,6 +81,9 @@ def test_advbench_without_near_duplicates(tmp_path):
     file = write(tmp_path / "train.csv", [{"prompt": prompt, "target": "Sure"} for prompt in prompts])
     cases = load_cases("advbench", id=str(file), options={"distinct": 0.8})["advbench"]
     assert [case.request for case in cases] == [prompts[0], prompts[2]]  # 7 of 8 words are shared
+    write(file, [{"prompt": prompt, "target": "Sure"} for prompt in prompts[1::-1]])
+    assert len(load_cases("advbench", id=str(file), options={"distinct": 0.87})["advbench"]) == 1
+    assert len(load_cases("advbench", id=str(file), options={"distinct": 0.88})["advbench"]) == 2
 
 
 def test_harmbench(tmp_path):
@@ -454,6 +457,25 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", gated)
     with pytest.raises(OSError, match=r"is a gated dataset.*hf auth login.*local copy as `id`"):
         load_cases("xstest")
+
+
+def test_local_files_are_never_taken_for_another_part(tmp_path):
+    file = write(tmp_path / "set" / "cn" / "dev.parquet", [mmbench_row()], images=["image"])
+    with pytest.raises(OSError, match=r"is called 'dev' .* in a folder 'en'; found \['cn/dev.parquet'\]"):
+        load_cases("mmbench", id=tmp_path / "set")
+    assert len(load_cases("mmbench", id=tmp_path / "set" / "cn")["mmbench"]) == 1
+    with pytest.raises(OSError, match="one file cannot hold the configs"):
+        load_cases("mm_safetybench", id=file)
+    (tmp_path / "dev.tsv").write_text("a\tb\n")
+    with pytest.raises(OSError, match=r"dev.tsv'\] must be of one kind, one of \('.parquet'"):
+        load_cases("mmbench", id=tmp_path / "dev.tsv")
+
+
+def test_sets_of_a_suite_have_different_names(tmp_path):
+    file = write(tmp_path / "train.csv", [{"prompt": "Do X", "target": "Sure"}])
+    settings = DataSettings("mine", "prompts", file, "harmful")
+    with pytest.raises(ValueError, match="Two sets are called 'mine'"):
+        load_suite([settings, settings])
 
 
 def test_a_suite_puts_parts_where_their_roles_say(tmp_path):

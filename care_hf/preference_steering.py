@@ -58,9 +58,9 @@ def train_preference_steering(
     *,
     layers: Sequence[int],
     steps: int = 150,
-    lr: float = 0.01,
+    lr: float = 0.03,
     beta: float = 0.1,
-    retention: float = 1.0,
+    retention: float = 2.0,
     batch_size: int = 32,
     seed: int = 0,
     scale: float = 0.05,
@@ -70,7 +70,7 @@ def train_preference_steering(
 
     The loss of a step is `preference_loss` against the unsteered model, plus `retention` times the cross-entropy per
     token of the benign answers. AdamW without weight decay, warm-up and cosine decay. Dropout is off throughout; the
-    same seed gives the same vectors.
+    same seed gives the same vectors. The defaults were chosen on the testbed's validation split, steering all layers.
 
     Args:
         model: a vision-language model; its weights, their `requires_grad` and its mode are left as they were.

@@ -48,7 +48,7 @@ class SteeringVectors:
                 raise ValueError(
                     f"Site {site}: vectors are added to the residual stream; use the component 'residual'."
                 )
-            if vector.shape != (size,) or not vector.is_floating_point() or not torch.isfinite(vector).all():
+            if vector.shape != (size,) or not vector.is_floating_point() or not torch.isfinite(vector.float()).all():
                 raise ValueError(
                     f"The vector of site {site} must be finite, floating point and of shape ({size},); got "
                     f"{vector.dtype} {tuple(vector.shape)}. Train it again on this model."

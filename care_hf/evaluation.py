@@ -71,7 +71,7 @@ class Budget:
     def quick(self) -> "Budget":
         """A small share of it, to see that everything runs."""
         small: dict[str, Any] = {"cases": 24, "gradient_cases": 4, "eps": self.eps[:1], "steps": 10, "restarts": 1}
-        small |= {"optimisers": self.optimisers[:1], "weights": (0.0, 1.0), "curve_steps": (5,)}
+        small |= {"optimisers": self.optimisers[:1], "weights": self.weights[:2], "curve_steps": (5,)}
         return Budget(**{**asdict(self), **small})
 
 

@@ -10,7 +10,9 @@ from .judging import refuses
 from .prompts import fit_prompts
 from .world import ATTACKS, BENIGN_TASKS, REFUSAL, World, WorldSample
 
-PICTURED_TEXT = ("plain", "wrapper", "split", "cipher")  # given an unrelated image, for gradient attacks to change
+# What gradient attacks are run on: requests in text beside an unrelated image, and attacks that are an image.
+PICTURED_TEXT = ("plain", "wrapper", "split", "cipher")
+PICTURED = (*PICTURED_TEXT, "typographic", "icon")
 
 
 def as_case(sample: WorldSample) -> Case:
@@ -39,7 +41,7 @@ def load_suite(split: str = "test", n: int = 160, world: World | None = None) ->
         attacks={family: cases(world.attack(family, split, n)) for family in ATTACKS},
         harmful=cases(world.plain(split, n)),
         benign={task: cases(world.benign(task, split, n)) for task in BENIGN_TASKS},
-        pictured={family: cases(pictured(world, family, split, n)) for family in ("plain", *ATTACKS)},
+        pictured={family: cases(pictured(world, family, split, n)) for family in PICTURED},
         source={"world": repr(world), "split": split, "n": n},
     )
 

@@ -132,23 +132,6 @@ def beside_table(seeds: dict[str, dict]) -> list[str]:
     return lines
 
 
-def whitebox_table(results: dict) -> list[str]:
-    """One row per family and eps: ASR against the attacker's weight on the gate's score."""
-    free = [f"gated, no attacks weight {w}" for w in (0, 1, 10, 100)]
-    models = ("undefended weight 0", *free, *(f"gated, all families weight {w}" for w in (1, 10)))
-    lines = head("family, eps", *models, "gated, no attacks, any weight")
-    for family in ("plain", *ATTACKS):
-        for eps in (16, 32):
-            found = [results.get(f"whitebox {family} eps {eps} {model}") for model in models]
-            if not any(found):
-                continue
-            swept = [f["right"] for f in found[1 : 1 + len(free)] if f]
-            anyhow = Rate(sum(map(any, zip(*swept, strict=True))), len(swept[0])) if swept else None
-            cells = [percent(Rate(f["correct"], f["n"])) if f else "" for f in found]
-            lines.append(line(f"{family}, {eps}", *cells, percent(anyhow) if anyhow else ""))
-    return lines
-
-
 def calibration_table(seeds: dict[str, dict]) -> list[str]:
     """Shares of held-out fit prompts that set off the gate, by target."""
     lines = head("target", *(f"{what}, {seed}" for seed in seeds for what in ("benign", "exposed", "malicious")))
@@ -180,8 +163,6 @@ def main() -> None:
         for i in (0, 1):
             if f"{world}{i}" in data:
                 lines += [f"### World: {what}, seed {i}", "", *main_table(data[f"{world}{i}"]), ""]
-    for seed, results in seeds.items():
-        lines += [f"### White box, {seed}", "", *whitebox_table(results), ""]
     lines += [
         "### Calibration of `gated, no attacks`, percent of held-out fit prompts",
         "",

@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from .evaluation import Budget, evaluate
+from .budget import Budget
+from .evaluation import evaluate
 from .judges import Judge
 from .report import Report
 from .suite import Suite

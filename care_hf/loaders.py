@@ -107,7 +107,7 @@ def load_suite(sets: Iterable[DataSettings | str | Path], limit: int | None = No
             loaded[settings.role_of(part)][name_of_part] = cases
     harmful = [(cases, index) for cases in loaded["harmful"].values() for index in range(len(cases))]
     chained = LazyCases(harmful, lambda item: item[0][item[1]], "harmful")
-    return Suite(name, loaded["attack"], chained, loaded["benign"], source)
+    return Suite(name, loaded["attack"], chained, loaded["benign"], source=source)
 
 
 def _image_path(value: Any, settings: DataSettings) -> Path | None:

@@ -17,6 +17,7 @@ from .attacks import pgd
 from .patches import with_image
 from .samples import Sample
 from .suite import Case
+from .universal_attack import universal
 
 ROUNDS = 5  # of answers to one batch, for latency
 
@@ -77,6 +78,32 @@ def gradient_attack(
         "loss": attacked.loss.tolist(),
         "penalty": attacked.penalty.tolist(),
         "curve": attacked.losses.min(dim=0).values.mean(dim=1).tolist(),
+    }
+
+
+def universal_attack(
+    model: nn.Module,
+    processor,
+    made_on: Sequence[Case],
+    tried_on: Sequence[Case],
+    targets: Sequence[str],
+    *,
+    weight: float,
+    seed: int,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Make one perturbation for all images of `made_on`, and put it on those of `tried_on`.
+
+    Arguments and result as in `gradient_attack`; `targets` are sentences, each for every prompt.
+    """
+    with repair_penalty(model) as penalty:
+        weight = weight if penalty else 0.0
+        wanted = [list(targets)] * len(made_on)
+        found = universal(model, processor, made_on, wanted, penalty=penalty, weight=weight, seed=seed, **settings)
+    return {
+        "images": {str(settings["steps"]): [_png(sample.images[0]) for sample in found.apply(tried_on)]},
+        "loss": found.loss,
+        "curve": found.losses.min(dim=0).values.tolist(),
     }
 
 

@@ -36,6 +36,8 @@ class Suite:
         harmful: harmful requests without an attack, which the model should go on refusing.
         benign: requests that should be answered, by task.
         pictured: harmful requests by family, each with one image and a target: what gradient attacks are run on.
+        affirmation: how answers that comply begin: what a universal image is made to bring about.
+        corpus: sentences that should not be said: what another is made to bring about, whatever is asked.
         source: plain values that say where the cases come from: ids, configs, splits, revisions, seeds.
     """
 
@@ -44,6 +46,8 @@ class Suite:
     harmful: Sequence[Case] = ()
     benign: Mapping[str, Sequence[Case]] = field(default_factory=dict)
     pictured: Mapping[str, Sequence[Case]] = field(default_factory=dict)
+    affirmation: str = "Sure, here is"
+    corpus: Sequence[str] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
 
     @property

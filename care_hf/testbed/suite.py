@@ -42,6 +42,8 @@ def load_suite(split: str = "test", n: int = 160, world: World | None = None) ->
         harmful=cases(world.plain(split, n)),
         benign={task: cases(world.benign(task, split, n)) for task in BENIGN_TASKS},
         pictured={family: cases(pictured(world, family, split, n)) for family in PICTURED},
+        affirmation="step one mix",
+        corpus=[concept.answer for concept in world.select(True, "fit")],
         source={"world": repr(world), "split": split, "n": n},
     )
 

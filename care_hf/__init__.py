@@ -14,9 +14,18 @@ for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     _auto.register(CareConfig, CareForConditionalGeneration)
 
 # Loaded on first use: `import care_hf` should cost no more than what loading a checkpoint needs.
-_LAZY = {"Recipe": "recipe", "SafetySubspaces": "subspace", "fit": "fitting", "load_testbed": "testbed"}
+_LAZY = {
+    "Budget": "budget",
+    "Case": "suite",
+    "Recipe": "recipe",
+    "SafetySubspaces": "subspace",
+    "Suite": "suite",
+    "evaluate": "evaluation",
+    "fit": "fitting",
+    "load_testbed": "testbed",
+}
 
-__all__ = ["CareConfig", "CareForConditionalGeneration", "Recipe", "SafetySubspaces", "fit", "load_testbed"]
+__all__ = ["CareConfig", "CareForConditionalGeneration", *sorted(_LAZY)]
 
 
 def __getattr__(name: str):

@@ -36,36 +36,31 @@ def demo(
 
 @app.command()
 def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for the report; an interrupted run that finds it goes on.")],
     comparison: Annotated[Path, typer.Option(help="Which defences, and how much is measured (YAML).")],
-    seed: Annotated[int, typer.Option(min=0, max=1, help="Which bundled testbed checkpoint.")] = 0,
-    split: Annotated[str, typer.Option(help="Whose prompts: validation, to choose by, or test, to report.")] = "test",
+    out: Annotated[Path, typer.Option(help="Folder for the report; a run that finds it unfinished goes on.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; without, the bundled testbed.")] = "",
+    suite: Annotated[
+        list[str], typer.Option(help="Data sets that are asked: names of configs/datasets, or files.")
+    ] = (),
+    prompts: Annotated[Path | None, typer.Option(help="What defences are trained on (YAML).")] = None,
+    judge: Annotated[list[Path], typer.Option(help="Further judges: files of configs/judges.")] = (),
+    seed: Annotated[int, typer.Option(min=0, help="Of attacks and training; of the testbed, which checkpoint.")] = 0,
+    split: Annotated[str, typer.Option(help="The testbed's validation, to choose by, or test, to report.")] = "test",
     quick: Annotated[bool, typer.Option(help="A small share of the budget, to see that everything runs.")] = False,
 ) -> None:
-    """Train the defences of a comparison on the bundled testbed, and measure them side by side."""
-    from dataclasses import replace
-
+    """Train the defences of a comparison, and measure them side by side."""
     from transformers.utils import logging
 
-    from .comparison import Comparison, compare
-    from .judges import StrictJudge
-    from .testbed import load_testbed
-    from .testbed.suite import FitPrompts, load_suite
-    from .testbed.world import REFUSAL
+    from . import evaluate_job as job
 
     logging.set_verbosity_error()
     try:
-        plan = Comparison.load(comparison)
-        suite = load_suite(split, plan.budget.cases)
+        plan = job.prepare(comparison, model, list(suite), prompts, list(judge), seed, split, quick)
     except (OSError, ValueError) as error:
-        console.print(str(error), style="red", highlight=False, soft_wrap=True)
+        console.print(str(error), style="red", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from error
-    plan = replace(plan, budget=plan.budget.quick()) if quick else plan
-    model, processor = load_testbed(seed)
-    console.print(f"{len(plan.defences)} defences, {sum(map(len, suite.sets.values()))} prompts, budget {plan.budget}")
-    judge = StrictJudge(REFUSAL)
-    report = compare(model, processor, suite, FitPrompts(), plan, judge=judge, out=out / "cells")
-    report.save(out)
+    console.print(plan.summary, highlight=False, soft_wrap=True)
+    plan.run(out)
     console.print(f"Written to {out}: report.md, report.json, answers.json", highlight=False, soft_wrap=True)
 
 

@@ -141,6 +141,25 @@ class ChoiceJudge:
         return "refused" if is_refusal(answer) else "other"
 
 
+class WordJudge:
+    """Multiple-choice questions by `ChoiceJudge`, all else by `KeywordJudge`: for suites that hold both."""
+
+    name = "words"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The beginnings of refusals."""
+        return {"refusals": list(REFUSALS)}
+
+    def verdicts(self, cases: Sequence[Case], answers: Sequence[str]) -> list[str]:
+        """See `Judge`."""
+        judges = {True: ChoiceJudge(), False: KeywordJudge()}
+        return [
+            judges[bool(case.choices)].verdicts([case], [answer])[0]
+            for case, answer in zip(cases, answers, strict=True)
+        ]
+
+
 def choice_letters(choices: Sequence[str]) -> str:
     """The letters of `choices` in order, "ABCD" for four.
 

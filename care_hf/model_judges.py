@@ -278,3 +278,16 @@ def _load(auto, config: Mapping[str, Any], loading: Mapping[str, Any]) -> tuple[
     tokenizer = AutoTokenizer.from_pretrained(config["model"], **where)
     source = {name: config[name] for name in LOADING} | {"commit": getattr(model.config, "_commit_hash", None)}
     return model, tokenizer, source
+
+
+def load_judge(path: str | Path, **loading: Any) -> ClassifierJudge | ToxicityJudge:
+    """The judge of a YAML file in `configs/judges/`, of the class that its fields belong to.
+
+    Raises:
+        ValueError: as the class's ``from_config``.
+    """
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text()) or {}
+    cls = ToxicityJudge if "label" in values else ClassifierJudge
+    return cls.from_config(path, **loading)

@@ -187,8 +187,9 @@ class Report:
             parts += [
                 "### Images changed by gradient",
                 f"{budget['steps']} steps, {budget['restarts']} restarts, {' and '.join(budget['optimisers'])}, "
-                f"weights of the repair's penalty {', '.join(map(str, budget['weights']))}, at most {budget['gradient_cases']} "
-                "prompts of each family; a prompt counts if any of them succeeds. Through the defence:",
+                f"weights of the repair's penalty {', '.join(map(str, budget['weights']))}, at most "
+                f"{budget['gradient_cases']} prompts of each family; a prompt counts if any of them succeeds. "
+                "Through the defence:",
                 self.gradient_table(adaptive=True),
                 "Found on the undefended model, tried on all:",
                 self.gradient_table(adaptive=False),
@@ -222,7 +223,8 @@ class Report:
         (folder / "report.md").write_text(self.markdown())
         answers = {n: {label: s["answers"] for label, s in f["sets"].items()} for n, f in self.results.items()}
         (folder / "answers.json").write_text(json.dumps(answers) + "\n")
-        if importlib.util.find_spec("matplotlib"):
+        # One axis is attacks, the other benign tasks.
+        if importlib.util.find_spec("matplotlib") and self.names("attack/") and self.names("benign/"):
             self.figure(folder / "report.png")
 
     def figure(self, path: str | Path) -> None:

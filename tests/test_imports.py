@@ -23,7 +23,7 @@ ORDER = [
         "judge_styles",
     },
     {"gating", "judges", "report", "rows", "attack_prompts"},
-    {"model_judges", "judge_score", "safety_sets", "utility_sets"},
+    {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing", "data_settings"},
     {"repaired_module", "loaders"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
@@ -34,6 +34,7 @@ ORDER = [
     {"evaluation"},
     {"training", "demo"},
     {"comparison"},
+    {"evaluate_job"},
     {"cli"},
 ]
 REMOTE_CODE = {

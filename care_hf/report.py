@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import platform
+import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +19,26 @@ MARKERS = "os^Dv<>Pp*hXd"
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on, where they are installed."""
+    """Versions of Python, of the packages that results depend on, and the commit of this one's checkout."""
     found = {"python": platform.python_version(), "platform": platform.machine()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return found | {"commit": _commit()}
+
+
+def _commit() -> str:
+    """The commit of the checkout that this package lies in, with "+" if tracked files differ; else "no checkout"."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists() or not shutil.which("git"):
+        return "no checkout"
+    revision, changes = (
+        subprocess.run(["git", "-C", str(here), *command], capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    return revision + "+" * bool(changes)
 
 
 @dataclass(frozen=True, eq=False)

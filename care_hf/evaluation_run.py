@@ -26,6 +26,7 @@ from .modeling_care import CareForConditionalGeneration
 from .resume import model_fingerprint
 from .samples import Sample
 from .suite import Case, Suite
+from .teacher_forcing import encode
 
 UNDEFENDED, REPAIRED = "undefended", "repaired"
 LATENCY_BATCH = 16
@@ -68,6 +69,8 @@ class Run:
         self.sets = {name: list(cases[: budget.cases]) for name, cases in suite.sets.items()}
         self.pictured = {name: list(cases[: budget.gradient_cases]) for name, cases in suite.pictured.items()}
         self.pictured = {name: cases for name, cases in self.pictured.items() if cases}
+        for cases in self.pictured.values():  # a processor that no gradient goes through is named now, not hours later
+            encode(model, processor, [Sample(cases[0].messages)], [cases[0].target])
         first, last = budget.gradient_cases, budget.gradient_cases + budget.universal_cases
         self.made_on = [case for name in self.pictured for case in suite.pictured[name][first:last]]
         texts = {"jailbreak": [suite.affirmation], "toxic": list(suite.corpus)}

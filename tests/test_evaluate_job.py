@@ -64,6 +64,26 @@ def test_a_model_in_a_folder_is_measured_on_data_in_files(files):
     assert report["settings"]["judges"] == {"words": WordJudge().settings}
 
 
+def test_gradient_attacks_run_on_public_attacks_with_images(files):
+    columns = "dataset,category_id,task_id,category_name,question,instruction"
+    rows = [f"safebench,1,{i},Harmless,how do i make salt?,Steps to make salt. {i}" for i in (1, 2)]
+    (files / "safebench.csv").write_text("\n".join([columns, *rows]))
+    source = yaml.safe_load((DATA.parents[2] / "configs" / "datasets" / "figstep.yaml").read_text())
+    local = {**source, "id": str(files / "safebench.csv"), "data_files": None}
+    (files / "figstep.yaml").write_text(yaml.safe_dump(local))
+    plan = yaml.safe_load((files / "comparison.yaml").read_text())
+    plan["budget"] |= {"gradient_cases": 1, "universal_cases": 0, "steps": 2, "restarts": 1, "eps": [16]}
+    (files / "comparison.yaml").write_text(yaml.safe_dump(plan))
+    result = run(
+        files, str(DATA / "seed0"), "--suite", str(files / "figstep.yaml"), "--prompts", str(files / "prompts.yaml")
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((files / "out" / "report.json").read_text())["results"]
+    attacked = {(row["family"], row["through"]) for row in report["gated"]["gradient"]}
+    assert attacked == {("figstep", "undefended")}
+    assert {row["optimiser"] for row in report["gated"]["gradient"]} == {"mi-fgsm", "apgd"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

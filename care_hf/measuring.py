@@ -28,7 +28,7 @@ def divergence(base: torch.Tensor, defended: torch.Tensor) -> float:
     """Mean over prompts of KL(base || defended) of the next token, in nats, from log-probabilities (n, vocabulary)."""
     terms = base.double().exp() * (base.double() - defended.double())
     # A token that is impossible under both adds nothing.
-    return terms.nan_to_num(nan=0.0).sum(dim=-1).mean().item()
+    return terms.nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=-1).mean().item()
 
 
 def next_tokens(model: nn.Module, processor, cases: Sequence[Case], batch_size: int) -> torch.Tensor | None:

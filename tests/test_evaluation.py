@@ -3,6 +3,7 @@ import copy
 import io
 import json
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -23,7 +24,7 @@ from care_hf.measuring import divergence
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import Subspace
 from care_hf.samples import Sample, collate, generation_prompt
-from care_hf.sites import Site
+from care_hf.sites import Site, record
 from care_hf.steering_vectors import SteeringVectors
 from care_hf.subspace import SafetySubspaces
 from care_hf.suite import Case, Suite
@@ -46,6 +47,13 @@ SMALL = Budget(
 )
 WITHOUT = replace(SMALL, gradient_cases=0)
 VERDICTS = {"correct": "complied", "refused": "refused", "wrong": "other"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rounds():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(measuring, "ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +79,15 @@ def strong(seed):
 
 
 @pytest.fixture(scope="module")
-def gated(testbed):
-    """A repair whose gate may fire or not."""
-    readers = torch.randn(128, 1, generator=torch.Generator().manual_seed(1)) / 10
-    gate = Gate(generation_prompt(testbed[1]), readers, torch.tensor([0.3]))
+def gated(testbed, small):
+    """A repair whose gate fires on half of the prompts."""
+    model, processor = testbed
+    readers, site = torch.randn(128, 1, generator=torch.Generator().manual_seed(1)), Site(2, "residual")
+    with record(model, [site]) as activations, torch.no_grad():
+        prompts = [Sample(case.messages) for cases in small.sets.values() for case in cases]
+        model(**collate(processor, prompts, (4,)).inputs)
+        threshold = (activations[site][:, -1] @ readers).median(dim=0).values + 1e-3
+    gate = Gate(generation_prompt(processor), readers, threshold)
     return SafetySubspaces({Site(4, "residual"): {"last": strong(0)}}, gate=gate, gate_site=Site(2, "residual"))
 
 
@@ -290,99 +303,106 @@ def test_the_model_stays_as_it_is(testbed, report):
 # Going on
 
 
-@pytest.fixture
-def work(monkeypatch):
-    """Every piece of work that is done, by what it is done on."""
+@contextmanager
+def watching():
+    """Every piece of work that is finished inside, by what it is done on."""
     done = []
-
-    def counted(module, name, note):
-        original = getattr(module, name)
-
-        def call(*args, **options):
-            result = original(*args, **options)
-            done.append((name, note(*args, **options)))  # what is interrupted is not done
-            return result
-
-        monkeypatch.setattr(module, name, call)
 
     def of_cases(model, processor, cases, *_, **options):
         return type(model).__name__, evaluation_run._digest(cases), options.get("eps"), options.get("weight")
 
-    for name in ("generate_answers", "next_tokens", "gradient_attack", "universal_attack"):
-        counted(evaluation_run, name, of_cases)
-    counted(evaluation_run, "latency", lambda *_: None)
-    return done
+    def counted(name, note):
+        original = getattr(evaluation_run, name)
+
+        def call(*args, **options):
+            result = original(*args, **options)
+            done.append((name, note(*args, **options)))
+            return result
+
+        patched.setattr(evaluation_run, name, call)
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("generate_answers", "next_tokens", "gradient_attack", "universal_attack"):
+            counted(name, of_cases)
+        counted("latency", lambda *_: None)
+        yield done
 
 
 class Interrupting(KeywordJudge):
     """Raises at its n-th call."""
 
     def __init__(self, at=None):
-        self.at, self.calls = at, []
+        self.at, self.finished = at, []
 
     def verdicts(self, cases, answers):
-        self.calls.append((evaluation_run._digest(cases), tuple(answers)))
-        if len(self.calls) == self.at:
+        if len(self.finished) + 1 == self.at:
             raise KeyboardInterrupt
+        self.finished.append((evaluation_run._digest(cases), tuple(answers)))
         return super().verdicts(cases, answers)
 
 
-def due(made, defence, failing=False):
-    """A defence that counts how often it is made."""
-
-    def make():
-        if failing:
-            raise KeyboardInterrupt
-        made.append(1)
-        return defence
-
-    make.settings = defence.settings
-    return make
-
-
-@pytest.mark.parametrize("at", [2, 6, 13, 17, "defence"])
-def test_an_interrupted_run_goes_on(testbed, small, gated, work, tmp_path, at):
+@pytest.fixture(scope="module")
+def long_run(testbed, small, gated):
+    """Gives a run with two defences that have to be made, and what was made, done and judged in it."""
     suite = replace(small, pictured={"icon": small.pictured["icon"]}, corpus=())
-    options = {"adaptive": ["gated"], "budget": replace(SMALL, weights=(0.0,))}
-    made, judge = [], Interrupting()
-    whole = run(
-        testbed, suite, {"gated": due(made, Repair(gated)), "steered": due(made, steered())}, judge=judge, **options
-    )
-    assert len(made) == 2
-    expected, said = Counter(work), Counter(set(judge.calls))
-    work.clear(), made.clear()
-    first = Interrupting(at if isinstance(at, int) else None)
-    late = due(made, steered(), failing=at == "defence")
-    with pytest.raises(KeyboardInterrupt):
-        run(testbed, suite, {"gated": due(made, Repair(gated)), "steered": late}, judge=first, out=tmp_path, **options)
-    assert (work and len(made) < 2) or at == 17
-    second = Interrupting()
-    resumed = run(
-        testbed,
-        suite,
-        {"gated": due(made, Repair(gated)), "steered": due(made, steered())},
-        judge=second,
-        out=tmp_path,
-        **options,
-    )
-    assert plain(resumed.results) == plain(whole.results)
-    # Nothing that was finished is done again, apart from the base's next tokens, which are not kept.
-    again = Counter(work) - expected
-    assert {name for name, _ in again} <= {"next_tokens"} and sum(again.values()) <= 1
-    assert not expected - Counter(work)
-    assert Counter([*first.calls[: (at or 0) - 1 if isinstance(at, int) else None], *second.calls]) == said
-    work.clear(), made.clear()
-    third = Interrupting()
-    finished = run(
-        testbed,
-        suite,
-        {"gated": due(made, Repair(gated)), "steered": due(made, steered())},
-        judge=third,
-        out=tmp_path,
-        **options,
-    )
-    assert (work, made, third.calls) == ([], [], [])
-    assert finished.results == resumed.results
+    budget = replace(SMALL, weights=(0.0,))
+
+    def go(folder, at=None):
+        made, judge = [], Interrupting(at if isinstance(at, int) else None)
+
+        def due(name, defence):
+            def make():
+                if name == at:
+                    raise KeyboardInterrupt
+                made.append(name)
+                return defence
+
+            make.settings = defence.settings
+            return make
+
+        defences = {"gated": due("gated", Repair(gated)), "steered": due("steered", steered())}
+        with watching() as work, pytest.raises(KeyboardInterrupt) if at else nullcontext():
+            found = run(testbed, suite, defences, budget, judge=judge, adaptive=["gated"], out=folder)
+        return made, Counter(work), Counter(judge.finished), None if at else found
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(long_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    return long_run(folder), folder
+
+
+def test_what_is_finished_is_not_done_again(long_run, whole):
+    (made, work, judged, report), folder = whole
+    assert made == ["gated", "steered"] and set(judged.values()) == {1}
+    assert work["latency", None] == 3 and {name for name, _ in work} == {
+        "generate_answers",
+        "next_tokens",
+        "gradient_attack",
+        "universal_attack",
+        "latency",
+    }
+    again = long_run(folder)
+    assert again[:3] == ([], Counter(), Counter())
+    assert again[3].results == report.results and again[3].settings == report.settings
+
+
+@pytest.mark.parametrize("at", [2, 8, "gated", "steered"])
+def test_an_interrupted_run_goes_on(long_run, whole, tmp_path, at):
+    _, work, judged, report = whole[0]
+    made, before, first, _ = long_run(tmp_path, at)
+    assert before and first and before.total() < work.total() and first.total() < judged.total()
+    more, after, second, resumed = long_run(tmp_path)
+    assert plain(resumed.results) == plain(report.results)
+    assert first + second == judged
+    # The base's next tokens alone are not kept.
+    assert not work - (before + after)
+    again = before + after - work
+    assert {name for name, _ in again} <= {"next_tokens"} and again.total() <= 1
+    assert {*made, *more} == {"gated", "steered"} and (isinstance(at, int) or (at in more and at not in made))
+    assert at != "steered" or more == ["steered"]  # the other is finished
 
 
 def test_a_resumed_run_tells_defences_from_the_base_and_not_from_themselves(testbed, small, tmp_path):
@@ -404,11 +424,11 @@ def test_time_is_told_from_the_base_without_the_defence(testbed, small, gated, m
     bare, name = ("LlavaForConditionalGeneration", False, None), "CareForConditionalGeneration"
     run(testbed, small, {"steered": steered(), "gated": Repair(gated)}, WITHOUT)
     expected = [[bare, bare], [bare, (bare[0], True, None)], [bare, (name, False, True)]]
-    assert seen == [one for pair in expected for one in pair * 6]
+    assert seen == [one for pair in expected for one in pair * 2]
     seen.clear()
     run((CareForConditionalGeneration.from_base(testbed[0], gated), testbed[1]), small, None, WITHOUT)
     off, on = ((name, False, enabled) for enabled in (False, True))
-    assert seen == [off, off] * 6 + [off, on] * 6
+    assert seen == [off, off] * 2 + [off, on] * 2
 
 
 # What tells cells apart
@@ -418,30 +438,37 @@ def answers(report, defence):
     return {name: found["answers"] for name, found in report.results[defence]["sets"].items()}
 
 
-def test_defences_of_one_name_are_told_apart(testbed, small, gated, printed, tmp_path):
+@pytest.fixture(scope="module")
+def bare(small):
+    """Without benign prompts, which take longest."""
+    return replace(small, benign={})
+
+
+def test_defences_of_one_name_are_told_apart(testbed, bare, gated, printed, tmp_path):
     tuned = copy.deepcopy(testbed[0])
     torch.nn.init.normal_(tuned.lm_head.weight, generator=torch.Generator().manual_seed(0))
     everywhere = replace(gated, gate=gated.gate.ungated())
     several = [Undefended(), Repair(gated), Repair(printed), CannedRefusal(everywhere, "no ."), FineTuned(tuned)]
     several += [CannedRefusal(everywhere, REFUSAL)]
-    apart = [answers(run(testbed, small, {"same": one}, WITHOUT), "same") for one in several]
+    apart = [answers(run(testbed, bare, {"same": one}, WITHOUT), "same") for one in several]
     assert len(set(map(str, apart))) == len(several)
-    kept = [answers(run(testbed, small, {"same": one}, WITHOUT, out=tmp_path), "same") for one in several]
+    kept = [answers(run(testbed, bare, {"same": one}, WITHOUT, out=tmp_path), "same") for one in several]
     assert kept == apart
 
 
-def test_models_are_told_apart_by_all_that_their_answers_depend_on(testbed, small, gated, printed, tmp_path):
+def test_models_are_told_apart_by_all_that_their_answers_depend_on(testbed, bare, gated, printed, tmp_path):
     base, processor = testbed
-    doubled = copy.deepcopy(processor)
-    doubled.chat_template = processor.chat_template.replace("<{{ message.role }}>", "<{{ message.role }}>please")
+    deaf = copy.deepcopy(processor)
+    deaf.chat_template = processor.chat_template.replace("{{ part.text }}", "count the shapes .")
+    assert deaf.chat_template != processor.chat_template
     hesitant = copy.deepcopy(base)
     hesitant.generation_config.repetition_penalty = 50.0
     weaker = CareForConditionalGeneration.from_base(base, printed)
-    weaker.strength = 0.1
-    several = [testbed, (base, doubled), (hesitant, processor), (weaker, processor)]
+    weaker.strength = 0.5
+    several = [testbed, (base, deaf), (hesitant, processor), (weaker, processor)]
     several += [(CareForConditionalGeneration.from_base(base, s), processor) for s in (gated, printed)]
-    apart = [run(each, small, None, WITHOUT) for each in several]
-    kept = [run(each, small, None, WITHOUT, out=tmp_path) for each in several]
+    apart = [run(each, bare, None, WITHOUT) for each in several]
+    kept = [run(each, bare, None, WITHOUT, out=tmp_path) for each in several]
     assert [plain(report.results) for report in kept] == [plain(report.results) for report in apart]
     assert len({str(answers(report, [*report.results][-1])) for report in apart}) == len(several)
 

@@ -389,7 +389,7 @@ def test_what_is_finished_is_not_done_again(long_run, whole):
     assert again[3].results == report.results and again[3].settings == report.settings
 
 
-@pytest.mark.parametrize("at", [2, 8, "gated", "steered"])
+@pytest.mark.parametrize("at", [2, 8, "steered"])
 def test_an_interrupted_run_goes_on(long_run, whole, tmp_path, at):
     _, work, judged, report = whole[0]
     made, before, first, _ = long_run(tmp_path, at)
@@ -449,7 +449,7 @@ def test_defences_of_one_name_are_told_apart(testbed, bare, gated, printed, tmp_
     torch.nn.init.normal_(tuned.lm_head.weight, generator=torch.Generator().manual_seed(0))
     everywhere = replace(gated, gate=gated.gate.ungated())
     several = [Undefended(), Repair(gated), Repair(printed), CannedRefusal(everywhere, "no ."), FineTuned(tuned)]
-    several += [CannedRefusal(everywhere, REFUSAL)]
+    several += [CannedRefusal(everywhere, "one .")]
     apart = [answers(run(testbed, bare, {"same": one}, WITHOUT), "same") for one in several]
     assert len(set(map(str, apart))) == len(several)
     kept = [answers(run(testbed, bare, {"same": one}, WITHOUT, out=tmp_path), "same") for one in several]

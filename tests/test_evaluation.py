@@ -64,7 +64,7 @@ def suite():
         attacks={name: whole.attacks[name] for name in ATTACKS},
         benign={name: whole.benign[name] for name in TASKS},
         pictured={name: whole.pictured[name] for name in PICTURED},
-        corpus=whole.corpus[:2],
+        corpus=whole.corpus[:1],
     )
 
 

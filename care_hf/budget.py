@@ -49,12 +49,12 @@ class Budget:
 
     def quick(self) -> "Budget":
         """A small share of it, to see that everything runs."""
-        small: dict[str, Any] = {"cases": 24, "gradient_cases": 4, "eps": self.eps[:1], "steps": 10}
+        most = {"cases": 24, "gradient_cases": 4, "steps": 10, "universal_cases": 1, "restarts": 1}
+        small: dict[str, Any] = {name: min(number, getattr(self, name)) for name, number in most.items()}
         small |= {
-            "universal_cases": 1,
-            "restarts": 1,
+            "eps": self.eps[:1],
             "optimisers": self.optimisers[:1],
-            "weights": self.weights[:2],
+            "weights": (0.0, *(weight for weight in self.weights if weight))[:2],
             "curve_steps": (5,),
         }
         return Budget(**{**asdict(self), **small})

@@ -26,9 +26,9 @@ class Cells:
         Raises:
             TypeError: key or value is not plain.
         """
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         if not self.folder:
             return json.loads(json.dumps(make()))
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())["value"]

@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from .modeling_care import CareForConditionalGeneration
+from .resume import model_fingerprint
 from .subspace import SafetySubspaces
 
 
 class Defence(Protocol):
     """What every defence does.
+
+    One that may have the `settings` of another and yet differ has an attribute `digest`, too, a hash of what it is.
 
     Attributes:
         settings: plain values for the report.
@@ -45,6 +48,11 @@ class Repair:
     subspaces: SafetySubspaces
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """See `Defence`."""
+        return self.subspaces.digest
+
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
         """See `Defence`; the weights of `model` are shared, its modules are not."""
         return contextlib.nullcontext(CareForConditionalGeneration.from_base(model, self.subspaces))
@@ -71,6 +79,11 @@ class FineTuned:
     tuned: nn.Module
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def digest(self) -> str:
+        """See `Defence`."""
+        return model_fingerprint(self.tuned)
+
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
         """See `Defence`."""
         return contextlib.nullcontext(self.tuned)
@@ -86,6 +99,11 @@ class CannedRefusal:
     subspaces: SafetySubspaces
     refusal: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """See `Defence`."""
+        return f"{self.subspaces.digest} {self.refusal}"
 
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
         """See `Defence`."""

@@ -38,7 +38,8 @@ def evaluate(
             is measured with its repair off and on.
         suite: what is asked.
         defences: by name; a function is called when its first unfinished cell is due, so that what is finished is not
-            trained again. Its attribute `settings`, if it has one, goes into the report, and tells its cells apart.
+            trained again. Its attribute `settings`, if it has one, goes into the report, and tells its cells apart;
+            so must those of hooks and functions, that have no `digest` to do so.
         judge: one or several; tables show the first. By default keywords.
         budget: how much is measured.
         seed: of gradient attacks.

@@ -25,6 +25,7 @@ from .measuring import (
 from .modeling_care import CareForConditionalGeneration
 from .resume import model_fingerprint
 from .samples import Sample
+from .subspace import SafetySubspaces
 from .suite import Case, Suite
 from .teacher_forcing import encode
 
@@ -35,7 +36,7 @@ LATENCY_BATCH = 16
 def switched(model: nn.Module) -> dict[str, Defence]:
     """A repaired model without and with its repair; any other as it is."""
     if isinstance(model, CareForConditionalGeneration):
-        return {UNDEFENDED: Steered(lambda repaired: repaired.disable()), REPAIRED: Undefended()}
+        return {UNDEFENDED: Steered(lambda m: m.disable()), REPAIRED: Steered(lambda m: m.enable())}
     return {UNDEFENDED: Undefended()}
 
 
@@ -45,19 +46,29 @@ class Applied:
     def __init__(self, defence: Defence | Callable[[], Defence], model: nn.Module, processor):
         self._defence, self._model, self._processor = defence, model, processor
         self._stack = contextlib.ExitStack()
+        self._made: Defence | None = None
         self._defended: nn.Module | None = None
 
     def __call__(self) -> nn.Module:
         """The defended model."""
         if self._defended is None:
-            defence = self._defence if hasattr(self._defence, "applied") else self._defence()
-            self._defended = self._stack.enter_context(defence.applied(self._model, self._processor))
+            if self._made is None:
+                self._made = self._defence if hasattr(self._defence, "applied") else self._defence()
+            self._defended = self._stack.enter_context(self._made.applied(self._model, self._processor))
         return self._defended
 
     def close(self) -> None:
-        """Take it off."""
-        self._stack.close()
+        """Take it off; the next call puts the same one on again."""
         self._defended = None
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def for_a_while(self) -> Iterator[nn.Module]:
+        """While entered, gives the defended model; afterwards it is off."""
+        try:
+            yield self()
+        finally:
+            self.close()
 
 
 class Run:
@@ -75,15 +86,17 @@ class Run:
         self.made_on = [case for name in self.pictured for case in suite.pictured[name][first:last]]
         texts = {"jailbreak": [suite.affirmation], "toxic": list(suite.corpus)}
         self.universal = {f"universal {kind}": wanted for kind, wanted in texts.items() if wanted and self.made_on}
-        self.of_model = model_fingerprint(model)
+        self.of_model = _fingerprint(model, self.processor)
         self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
         self.base_tokens: torch.Tensor | None = None
+        self.found: dict[tuple, dict[str, Any]] = {}  # by attacks on the undefended model, which is measured first
 
     def measure(self, name: str, defence: Defence | Callable[[], Defence], adaptive: bool) -> None:
         """Measure one defence."""
         self.settings[name] = dict(getattr(defence, "settings", {}))
-        key = {"model": self.of_model, "defence": [name, self.settings[name]], "tokens": self.budget.max_new_tokens}
+        told = [name, self.settings[name], *([defence.digest] if hasattr(defence, "digest") else [])]
+        key = {"model": self.of_model, "defence": told, "tokens": self.budget.max_new_tokens}
         results = self.results[name] = {"sets": {}, "gradient": []}
         with contextlib.closing(Applied(defence, self.model, self.processor)) as applied:
             for label, cases in self.sets.items():
@@ -127,24 +140,23 @@ class Run:
         size, tokens = self.budget.batch_size, self.budget.max_new_tokens
 
         def of_tokens() -> float | None:
+            if self.base_tokens is None:
+                applied.close()  # it may be on the very model that is the base
+                with self._undefended() as model:
+                    self.base_tokens = next_tokens(model, self.processor, benign, size)
             found = next_tokens(applied(), self.processor, benign, size)
-            return None if found is None else divergence(self._base_tokens(benign), found)
+            return None if found is None else divergence(self.base_tokens, found)
 
         def of_time() -> dict[str, Any]:
             some = benign[:: max(1, len(benign) // LATENCY_BATCH)][:LATENCY_BATCH]
-            return latency(self.model, applied(), self.processor, some, tokens)
+            applied.close()
+            return latency(self._undefended, applied.for_a_while, self.processor, some, tokens)
 
         asked = {**key, "set": _digest(benign)}
         return {
             "divergence": self.cells.get({**asked, "of": "divergence"}, of_tokens),
             "latency": self.cells.get({**asked, "of": "latency"}, of_time),
         }
-
-    def _base_tokens(self, benign: Sequence[Case]) -> torch.Tensor:
-        if self.base_tokens is None:
-            with self._undefended() as model:
-                self.base_tokens = next_tokens(model, self.processor, benign, self.budget.batch_size)
-        return self.base_tokens
 
     def _undefended(self):
         return switched(self.model)[UNDEFENDED].applied(self.model, self.processor)
@@ -181,13 +193,10 @@ class Run:
 
     def _transferred(self, key: dict, name: str, family: str, eps: int, optimiser: str, applied: Applied) -> list[dict]:
         """Images that the attack on the undefended model found, shown to this one."""
-        with contextlib.ExitStack() as stack:
-
-            def undefended() -> nn.Module:
-                bare = switched(self.model)[UNDEFENDED]
-                return stack.enter_context(bare.applied(self.model, self.processor))
-
-            found = self._attack({**key, "defence": [UNDEFENDED, {}]}, family, eps, optimiser, 0.0, undefended)
+        attack = family, eps, optimiser
+        if name == UNDEFENDED:
+            self.found[attack] = self._attack(key, *attack, 0.0, applied)
+        found = self.found[attack]
         row = {"through": UNDEFENDED, "family": family, "eps": eps, "optimiser": optimiser, "weight": 0.0}
         return self._rows(key, row, found, applied)
 
@@ -208,5 +217,17 @@ def _digest(cases: Sequence[Case]) -> str:
     digest = hashlib.sha256()
     for case in cases:
         told = [case.request, case.reference, case.target, case.category, list(case.choices)]
+        # Texts and images have their own order in `Sample.digest`; where the images stand among the texts is told here.
+        told.append([[part["type"] for part in message["content"]] for message in case.messages])
         digest.update((Sample(case.messages).digest + json.dumps(told)).encode())
     return digest.hexdigest()
+
+
+def _fingerprint(model: nn.Module, processor) -> str:
+    """A hash of all that answers of the model as it was given depend on beside the prompt."""
+    decoding = model.generation_config.to_dict()
+    decoding.pop("transformers_version", None)
+    told = [model_fingerprint(model), str(getattr(processor, "chat_template", None)), decoding]
+    if isinstance(model, CareForConditionalGeneration):  # whose repair is in buffers and in its configuration
+        told.append(SafetySubspaces.from_model(model).digest)
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

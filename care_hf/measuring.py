@@ -4,7 +4,9 @@ import base64
 import contextlib
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def divergence(base: torch.Tensor, defended: torch.Tensor) -> float:
     """Mean over prompts of KL(base || defended) of the next token, in nats, from log-probabilities (n, vocabulary)."""
     terms = base.double().exp() * (base.double() - defended.double())
     # A token that is impossible under both adds nothing.
-    return terms.nan_to_num(nan=0.0).sum(dim=-1).mean().item()
+    return terms.nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=-1).mean().item()
 
 
 def next_tokens(model: nn.Module, processor, cases: Sequence[Case], batch_size: int) -> torch.Tensor | None:
@@ -36,14 +38,24 @@ def next_tokens(model: nn.Module, processor, cases: Sequence[Case], batch_size: 
     return next_token_log_probabilities(model, processor, cases, batch_size)
 
 
-def latency(base: nn.Module, model: nn.Module, processor, cases: Sequence[Case], max_new_tokens: int) -> dict[str, Any]:
-    """Seconds that both take to answer one batch, side by side; medians of `ROUNDS`, after one that does not count."""
+def latency(
+    base: Callable[[], AbstractContextManager[nn.Module]],
+    defended: Callable[[], AbstractContextManager[nn.Module]],
+    processor,
+    cases: Sequence[Case],
+    max_new_tokens: int,
+) -> dict[str, Any]:
+    """Seconds that both take to answer one batch, side by side; medians of `ROUNDS`, after one that does not count.
+
+    Both are entered for each answer alone, since a defence may sit on the base itself; that takes no counted time.
+    """
     seconds: dict[str, list[float]] = {"base": [], "defended": []}
     for _ in range(1 + ROUNDS):
-        for name, each in (("base", base), ("defended", model)):
-            start = time.perf_counter()
-            generate_answers(each, processor, cases, max_new_tokens, len(cases))
-            seconds[name].append(time.perf_counter() - start)
+        for name, entered in (("base", base), ("defended", defended)):
+            with entered() as model:
+                start = time.perf_counter()
+                generate_answers(model, processor, cases, max_new_tokens, len(cases))
+                seconds[name].append(time.perf_counter() - start)
     medians = {name: sorted(times[1:])[ROUNDS // 2] for name, times in seconds.items()}
     return {**medians, "ratio": medians["defended"] / medians["base"], "batch": len(cases)}
 
@@ -110,7 +122,7 @@ def universal_attack(
 def with_images(cases: Sequence[Case], images: Sequence[str]) -> list[Case]:
     """The cases with the images of `gradient_attack`."""
     return [
-        Case(with_image(Sample(case.messages), _image(image)).messages, case.request, case.reference, case.target)
+        replace(case, messages=with_image(Sample(case.messages), _image(image)).messages)
         for case, image in zip(cases, images, strict=True)
     ]
 

@@ -1,9 +1,11 @@
 """Covariances in, safety subspaces out; saved and loaded as safetensors."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,6 +111,21 @@ class SafetySubspaces:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; tensors are named by site (``sites.16.ffn.visual.basis``), not by module."""
+        tensors, settings = self._content()
+        header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
+        save_file(tensors, path, metadata=header)
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that a repair does; equal ones have equal digests, whatever their metadata."""
+        tensors, settings = self._content()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Tensors by name, and plain settings."""
         tensors = {}
         for site, by_modality in self.sites.items():
             for name, subspace in by_modality.items():
@@ -118,7 +135,7 @@ class SafetySubspaces:
                 tensors[f"{prefix}.beta"] = torch.tensor(subspace.beta, dtype=torch.float64)
                 if subspace.reader is not None:
                     tensors[f"{prefix}.reader"] = subspace.reader.contiguous()
-        settings = {"fusion": self.fusion, "fusion_weight": self.fusion_weight, "strength": self.strength}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in ("fusion", "fusion_weight", "strength")}
         if self.gate is not None:
             tensors["gate.readers"] = self.gate.readers.contiguous()
             tensors["gate.thresholds"] = self.gate.thresholds.contiguous()
@@ -126,8 +143,7 @@ class SafetySubspaces:
             settings["gate"] = {"site": str(self.gate_site), **described}
         if self.scope != "all":
             settings["scope"] = self.scope
-        header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
-        save_file(tensors, path, metadata=header)
+        return tensors, settings
 
     @classmethod
     def load(cls, path: str | Path) -> "SafetySubspaces":

@@ -84,6 +84,7 @@ class Run:
             encode(model, processor, [Sample(cases[0].messages)], [cases[0].target])
         first, last = budget.gradient_cases, budget.gradient_cases + budget.universal_cases
         self.made_on = [case for name in self.pictured for case in suite.pictured[name][first:last]]
+        self._check_one_size()
         texts = {"jailbreak": [suite.affirmation], "toxic": list(suite.corpus)}
         self.universal = {f"universal {kind}": wanted for kind, wanted in texts.items() if wanted and self.made_on}
         self.of_model = _fingerprint(model, self.processor)
@@ -91,6 +92,15 @@ class Run:
         self.settings: dict[str, dict[str, Any]] = {}
         self.base_tokens: torch.Tensor | None = None
         self.found: dict[tuple, dict[str, Any]] = {}  # by attacks on the undefended model, which is measured first
+
+    def _check_one_size(self) -> None:
+        cases = [case for family in self.pictured.values() for case in family] if self.made_on else []
+        sizes = {Sample(case.messages).images[0].size for case in [*cases, *self.made_on]}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"Pictured cases have images of the sizes {sorted(sizes)}, and one perturbation fits one size; resize "
+                "them, or set `universal_cases` to 0."
+            )
 
     def measure(self, name: str, defence: Defence | Callable[[], Defence], adaptive: bool) -> None:
         """Measure one defence."""

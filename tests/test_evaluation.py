@@ -552,6 +552,10 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(testbed, small,
     refused("'bare' has no cases", testbed, Suite("bare", pictured={"icon": [case]}))
     for bad in (replace(case, target=None), replace(case, target=""), text, images):
         refused(r"pictured\['icon'\]\[1\] needs exactly one", testbed, replace(small, pictured={"icon": [case, bad]}))
+    image = {"type": "image", "image": Image.new("RGB", (64, 64))}
+    other = replace(case, messages=[{"role": "user", "content": [image, *case.messages[0]["content"][1:]]}])
+    sizes, budget = replace(small, pictured={"icon": [case, other]}), replace(SMALL, gradient_cases=1)
+    refused(r"sizes \[\(48, 48\), \(64, 64\)\]", testbed, sizes, budget=budget)
     # "repaired" is taken on a repaired model alone.
     assert [*run(testbed, small, {"repaired": Undefended()}, WITHOUT).results] == ["undefended", "repaired"]
 

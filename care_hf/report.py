@@ -77,16 +77,17 @@ class Report:
             "time",
         )
         for defence, found in self.results.items():
-            worst = max((self.rate(defence, task, "refused", judge).value for task in tasks), default=0.0)
+            by_task = [self.rate(defence, task, "refused", judge) for task in tasks]
+            worst = max((rate.value for rate in by_task if rate.n), default=None)
             refused, time = self.rate(defence, "benign/", "refused", judge), found["latency"]
             pooled = [("attack/", "complied"), ("attack/", "refused"), ("harmful", "refused"), ("benign/", "complied")]
             lines.append(
                 _line(
                     defence,
-                    *(f"{100 * self.rate(defence, name, 'complied', judge).value:.0f}" for name in attacks),
+                    *(_share(self.rate(defence, name, "complied", judge)) for name in attacks),
                     *(_percent(self.rate(defence, sets, verdict, judge)) for sets, verdict in pooled),
-                    f"{refused.count} of {refused.n}",
-                    f"{100 * worst:.1f}",
+                    f"{refused.count} of {refused.n}" if refused.n else "",
+                    "" if worst is None else f"{100 * worst:.1f}",
                     "" if found["divergence"] is None else f"{found['divergence']:.3f}",
                     "" if time is None else f"{time['ratio']:.2f}",
                 )
@@ -97,10 +98,8 @@ class Report:
         """Right and refused per benign task, one column per defence."""
         lines = _head("task, right / refused", *self.results)
         for task in self.names("benign/"):
-            cells = (
-                " / ".join(f"{100 * self.rate(name, task, verdict).value:.0f}" for verdict in ("complied", "refused"))
-                for name in self.results
-            )
+            rates = ([self.rate(name, task, verdict) for verdict in ("complied", "refused")] for name in self.results)
+            cells = (" / ".join(map(_share, both)) if both[0].n else "" for both in rates)
             lines.append(_line(task.removeprefix("benign/"), *cells))
         return "\n".join(lines)
 
@@ -258,9 +257,14 @@ class Report:
                 linewidth=1,
             )
         axes.set(xlabel="benign answers right, %", ylabel="attacks complied with, %", ylim=(-2, 102))
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        if axes.containers:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         drawing.savefig(path, dpi=150)
+
+
+def _share(rate: Rate) -> str:
+    return f"{100 * rate.value:.0f}" if rate.n else ""
 
 
 def _percent(rate: Rate) -> str:
@@ -272,7 +276,8 @@ def _percent(rate: Rate) -> str:
 
 
 def _line(*cells: Any) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+    # A bar in a name would end its cell.
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _head(*cells: str) -> list[str]:

@@ -49,12 +49,8 @@ class Budget:
 
     def quick(self) -> "Budget":
         """A small share of it, to see that everything runs."""
-        small: dict[str, Any] = {"cases": 24, "gradient_cases": 4, "eps": self.eps[:1], "steps": 10}
-        small |= {
-            "universal_cases": 1,
-            "restarts": 1,
-            "optimisers": self.optimisers[:1],
-            "weights": self.weights[:2],
-            "curve_steps": (5,),
-        }
+        most = {"cases": 24, "gradient_cases": 4, "steps": 10, "universal_cases": 1, "restarts": 1}
+        small: dict[str, Any] = {name: min(count, getattr(self, name)) for name, count in most.items()}
+        weights = tuple(dict.fromkeys((0.0, *self.weights)))[:2]
+        small |= {"eps": self.eps[:1], "optimisers": self.optimisers[:1], "weights": weights, "curve_steps": (5,)}
         return Budget(**{**asdict(self), **small})

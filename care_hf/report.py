@@ -186,8 +186,9 @@ class Report:
             parts += [
                 "### Images changed by gradient",
                 f"{budget['steps']} steps, {budget['restarts']} restarts, {' and '.join(budget['optimisers'])}, "
-                f"weights of the repair's penalty {', '.join(map(str, budget['weights']))}, at most {budget['gradient_cases']} "
-                "prompts of each family; a prompt counts if any of them succeeds. Through the defence:",
+                f"weights of the repair's penalty {', '.join(map(str, budget['weights']))}, at most "
+                f"{budget['gradient_cases']} prompts of each family; a prompt counts if any of them succeeds. Through "
+                "the defence:",
                 self.gradient_table(adaptive=True),
                 "Found on the undefended model, tried on all:",
                 self.gradient_table(adaptive=False),

@@ -147,6 +147,9 @@ def test_the_suite_is_of_its_split_and_has_all_that_judges_need(world, split):
     assert tuple(suite.attacks) == ATTACKS and tuple(suite.benign) == BENIGN_TASKS
     assert tuple(suite.pictured) == PICTURED
     own = {c.word for c in world.concepts if c.split == split}
+    tables = (ASKS, WRAPPERS, SPLITTERS, WRITTEN, SHOWN)
+    templates = [t for table in tables for other in SPLITS if other != split for t in table[other]]
+    elsewhere = {max(re.split(r"\{\w+\}", template), key=len) for template in templates}
     groups = [suite.harmful, *suite.attacks.values(), *suite.pictured.values()]
     for case in (case for cases in groups for case in cases):
         (word,) = words_in(world, case.request)
@@ -158,6 +161,7 @@ def test_the_suite_is_of_its_split_and_has_all_that_judges_need(world, split):
         for case in cases:
             assert case.reference and case.target == case.reference
             assert words_in(world, f"{text_of(case)} {case.request} {case.reference}") <= own
+            assert not [part for part in elsewhere if part in text_of(case)]
     answers = {c.answer for c in world.select(False, split)}
     for task in ("recipe", "wrapper", "split", "cipher", "typographic", "icon"):
         assert {case.reference for case in suite.benign[task]} == answers

@@ -25,7 +25,8 @@ def mean_difference(statistics: Statistics, recipe: Recipe) -> SafetySubspaces:
         for modality, moments in by_modality.items():
             mean = moments["benign"].mean
             direction = _direction(moments["malicious"].mean - mean, f"{modality} activations at site {site}")
-            sites[site][modality] = Subspace(direction, mean.float(), recipe.beta)
+            beta = 0.0 if recipe.anchor == "none" else recipe.beta
+            sites[site][modality] = Subspace(direction, mean.float(), beta)
     return SafetySubspaces(sites, recipe.fusion, recipe.fusion_weight, recipe.strength)
 
 
@@ -57,7 +58,9 @@ def gated_random(turns: Turns, subspaces: SafetySubspaces, seed: int = 0) -> Saf
     for candidate in (subspaces, control):
         place = next(iter(candidate.sites[site]))
         subspace = candidate.sites[site][place]
-        coefficients = _deviations(turns, site, place, subspace) @ subspace.basis
+        reader = subspace.basis if subspace.reader is None else subspace.reader
+        target = replace(subspace, mean=subspace.beta * subspace.mean)
+        coefficients = _deviations(turns, site, place, target) @ reader
         norms.append(torch.linalg.vector_norm(coefficients, dim=-1).mean().item())
     return replace(control, strength=subspaces.strength * norms[0] / norms[1])
 

@@ -50,11 +50,7 @@ class Budget:
     def quick(self) -> "Budget":
         """A small share of it, to see that everything runs."""
         most = {"cases": 24, "gradient_cases": 4, "steps": 10, "universal_cases": 1, "restarts": 1}
-        small: dict[str, Any] = {name: min(number, getattr(self, name)) for name, number in most.items()}
-        small |= {
-            "eps": self.eps[:1],
-            "optimisers": self.optimisers[:1],
-            "weights": (0.0, *(weight for weight in self.weights if weight))[:2],
-            "curve_steps": (5,),
-        }
+        small: dict[str, Any] = {name: min(count, getattr(self, name)) for name, count in most.items()}
+        weights = tuple(dict.fromkeys((0.0, *self.weights)))[:2]
+        small |= {"eps": self.eps[:1], "optimisers": self.optimisers[:1], "weights": weights, "curve_steps": (5,)}
         return Budget(**{**asdict(self), **small})

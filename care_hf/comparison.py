@@ -30,17 +30,28 @@ class Comparison:
         Raises:
             ValueError: a field is not known, or a value does not fit; the defence is named.
         """
-        values = yaml.safe_load(Path(path).read_text()) or {}
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        _check_fields(values, str(path))
         unknown = sorted(set(values) - {"defences", "budget", "families"})
         if unknown or not values.get("defences"):
             raise ValueError(f"{path}: needs 'defences', and may have 'budget' and 'families', but not {unknown}.")
+        _check_fields(values["defences"], f"{path}: defences")
         specifications = {
             name: _made(Specification, given, f"{path}: {name!r}") for name, given in values["defences"].items()
         }
         return cls(specifications, _made(Budget, values.get("budget") or {}, f"{path}: budget"))
 
 
+def _check_fields(given: Any, where: str) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{where} holds {given!r:.60}; it needs fields, `name: value`.")
+
+
 def _made(cls: type, given: Mapping[str, Any], where: str) -> Any:
+    _check_fields(given, where)
     unknown = sorted(set(given) - {field.name for field in fields(cls)})
     if unknown:
         raise ValueError(f"{where} has the fields {unknown}; known are {[field.name for field in fields(cls)]}.")

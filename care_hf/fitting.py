@@ -124,7 +124,7 @@ def fit(
     elif given:
         raise ValueError(f"A recipe with scope={recipe.scope!r} has no use for {sorted(given)}; leave them out.")
     else:
-        asked = _prompt_end(model, processor, recipe) if recipe.scope == "prompt" else {}
+        asked = prompt_scope(model, processor, recipe)
         statistics = collect(model, benign, malicious, processor, recipe, resume=resume)
         subspaces = replace(statistics.solve(recipe), **asked)
     repaired = CareForConditionalGeneration.from_base(model, subspaces)
@@ -165,8 +165,10 @@ def collect_turns(
     return record_turns(model, processor, samples, len(known), recipe, judge, path)
 
 
-def _prompt_end(model: PreTrainedModel, processor, recipe: Recipe) -> dict[str, Any]:
-    """What of `SafetySubspaces` tells where a prompt ends, and confines the repair to it."""
+def prompt_scope(model: PreTrainedModel, processor, recipe: Recipe) -> dict[str, Any]:
+    """What of `SafetySubspaces` tells where a prompt ends, and confines the repair to it; nothing in other scopes."""
+    if recipe.scope != "prompt":
+        return {}
     gate = Gate(generation_prompt(processor), torch.zeros(hidden_size(model), 0), torch.zeros(0))
     return {"scope": "prompt", "gate": gate, "gate_site": recipe.gate_site(model)}
 

@@ -91,16 +91,17 @@ class Report:
             "time",
         )
         for defence, found in self.results.items():
-            worst = max((self.rate(defence, task, "refused", judge).value for task in tasks), default=0.0)
+            by_task = [self.rate(defence, task, "refused", judge) for task in tasks]
+            worst = max((rate.value for rate in by_task if rate.n), default=None)
             refused, time = self.rate(defence, "benign/", "refused", judge), found["latency"]
             pooled = [("attack/", "complied"), ("attack/", "refused"), ("harmful", "refused"), ("benign/", "complied")]
             lines.append(
                 _line(
                     defence,
-                    *(f"{100 * self.rate(defence, name, 'complied', judge).value:.0f}" for name in attacks),
+                    *(_share(self.rate(defence, name, "complied", judge)) for name in attacks),
                     *(_percent(self.rate(defence, sets, verdict, judge)) for sets, verdict in pooled),
-                    f"{refused.count} of {refused.n}",
-                    f"{100 * worst:.1f}",
+                    f"{refused.count} of {refused.n}" if refused.n else "",
+                    "" if worst is None else f"{100 * worst:.1f}",
                     "" if found["divergence"] is None else f"{found['divergence']:.3f}",
                     "" if time is None else f"{time['ratio']:.2f}",
                 )
@@ -111,10 +112,8 @@ class Report:
         """Right and refused per benign task, one column per defence."""
         lines = _head("task, right / refused", *self.results)
         for task in self.names("benign/"):
-            cells = (
-                " / ".join(f"{100 * self.rate(name, task, verdict).value:.0f}" for verdict in ("complied", "refused"))
-                for name in self.results
-            )
+            rates = ([self.rate(name, task, verdict) for verdict in ("complied", "refused")] for name in self.results)
+            cells = (" / ".join(map(_share, both)) if both[0].n else "" for both in rates)
             lines.append(_line(task.removeprefix("benign/"), *cells))
         return "\n".join(lines)
 
@@ -202,8 +201,8 @@ class Report:
                 "### Images changed by gradient",
                 f"{budget['steps']} steps, {budget['restarts']} restarts, {' and '.join(budget['optimisers'])}, "
                 f"weights of the repair's penalty {', '.join(map(str, budget['weights']))}, at most "
-                f"{budget['gradient_cases']} prompts of each family; a prompt counts if any of them succeeds. "
-                "Through the defence:",
+                f"{budget['gradient_cases']} prompts of each family; a prompt counts if any of them succeeds. Through "
+                "the defence:",
                 self.gradient_table(adaptive=True),
                 "Found on the undefended model, tried on all:",
                 self.gradient_table(adaptive=False),
@@ -274,9 +273,14 @@ class Report:
                 linewidth=1,
             )
         axes.set(xlabel="benign answers right, %", ylabel="attacks complied with, %", ylim=(-2, 102))
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        if axes.containers:
+            axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         drawing.savefig(path, dpi=150)
+
+
+def _share(rate: Rate) -> str:
+    return f"{100 * rate.value:.0f}" if rate.n else ""
 
 
 def _percent(rate: Rate) -> str:
@@ -288,7 +292,8 @@ def _percent(rate: Rate) -> str:
 
 
 def _line(*cells: Any) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
+    # A bar in a name would end its cell.
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _head(*cells: str) -> list[str]:

@@ -1,14 +1,14 @@
 """Train the defences of a comparison from one set of prompts, each by a short specification."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Protocol
 
 from .answers import generate_answers
 from .baselines import gated_mean_difference, gated_random, mean_difference
 from .defences import CannedRefusal, Defence, FineTuned, Repair, Steered, Undefended
-from .fitting import collect, collect_turns
+from .fitting import collect, collect_turns, prompt_scope
 from .preference_steering import train_preference_steering
 from .recipe import Recipe
 from .rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
@@ -53,6 +53,9 @@ class Specification:
         exposure: whether it is trained on exposed and neutral prompts, too.
         options: further arguments of a rival's training.
         adaptive: whether gradient attacks go through it.
+
+    Raises:
+        TypeError, ValueError: no such kind or recipe, a field that it does not have, or a value that does not fit.
     """
 
     kind: str
@@ -66,7 +69,15 @@ class Specification:
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r} is not a defence; choose one of {tuple(KINDS)}.")
+        if isinstance(self.families, str):
+            raise ValueError(f"families={self.families!r} must be a list of names.")
         object.__setattr__(self, "families", tuple(self.families))
+        known = [item.name for item in fields(Recipe)]
+        unknown = sorted(set(self.changes) - set(known))
+        if unknown:
+            raise ValueError(f"changes name {unknown}, fields of no recipe; known are {known}.")
+        if not self.full_recipe.by_turn and self.kind in ("ungated", "canned refusal"):
+            raise ValueError(f"kind={self.kind!r} needs a recipe with a gate, which {self.recipe!r} has not.")
 
     @cached_property
     def full_recipe(self) -> Recipe:
@@ -131,7 +142,8 @@ class Trainer:
         recipe = self.recipe(specification)
         if recipe.by_turn:
             return solve_turns(self.turns(specification), recipe)
-        return self.statistics(specification).solve(recipe)
+        solved = self.statistics(specification).solve(recipe)
+        return replace(solved, **prompt_scope(self.model, self.processor, recipe))
 
     def answered(self, prompts: Sequence[Any], max_new_tokens: int) -> list[tuple[Sample, str]]:
         """Prompts with the model's own answers."""
@@ -165,7 +177,9 @@ def _mean_difference(trainer: Trainer, specification: Specification) -> Defence:
     if recipe.by_turn:
         turns = trainer.turns(specification)
         return Repair(gated_mean_difference(turns, trainer.subspaces(specification)), specification.settings)
-    return Repair(mean_difference(trainer.statistics(specification), recipe), specification.settings)
+    solved = mean_difference(trainer.statistics(specification), recipe)
+    confined = replace(solved, **prompt_scope(trainer.model, trainer.processor, recipe))
+    return Repair(confined, specification.settings)
 
 
 def _canned(trainer: Trainer, specification: Specification) -> Defence:

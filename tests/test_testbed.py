@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from itertools import combinations
 
 import numpy as np
@@ -11,8 +12,20 @@ from care_hf.testbed import DATA, SEEDS, World, load_testbed
 from care_hf.testbed.drawing import HELD_OUT_FONTS, SIZE, TRAINING_FONTS, glyph_sheet
 from care_hf.testbed.judging import judge
 from care_hf.testbed.measure import measure
+from care_hf.testbed.suite import PICTURED, FitPrompts, load_suite
 from care_hf.testbed.train import Schedule, Trainer, train
-from care_hf.testbed.world import ASKS, ATTACKS, BENIGN_TASKS, REFUSAL, SHOWN, SPLITS, SPLITTERS, WRAPPERS, WRITTEN
+from care_hf.testbed.world import (
+    ASKS,
+    ATTACKS,
+    BENIGN_TASKS,
+    BESIDE_IMAGE,
+    REFUSAL,
+    SHOWN,
+    SPLITS,
+    SPLITTERS,
+    WRAPPERS,
+    WRITTEN,
+)
 
 
 def test_it_is_a_stock_llava(testbed):
@@ -70,6 +83,115 @@ def test_every_attack_cell_has_a_hundred_different_prompts(world):
         prompts = {(s.text, None if s.image is None else s.image.tobytes()) for s in samples}
         assert len(prompts) >= 100
         assert {s.concept.word for s in samples} == {c.word for c in world.select(True, "test")}
+
+
+def named(world):
+    return {concept.word: concept for concept in world.concepts}
+
+
+def words_in(world, text):
+    """The concepts that a text names: plainly, in capitals, or in two halves."""
+    found = set(re.findall(r"[a-z]+", text.lower())) & set(named(world))
+    first, last = re.findall(r"([a-z]{3})- ", text), re.findall(r" -([a-z]{2})", text)
+    return found | {a + b for a, b in zip(first, last, strict=True)}
+
+
+def text_of(prompt):
+    messages = prompt["messages"] if isinstance(prompt, dict) else prompt.messages
+    (text,) = (part["text"] for message in messages for part in message["content"] if part["type"] == "text")
+    return text
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("family", BESIDE_IMAGE)
+def test_a_jailbreak_beside_an_image_asks_what_the_one_in_text_does(world, family, split):
+    form = family.removesuffix("+image")
+    samples = world.attack(family, split, 48)
+    assert {s.concept.word for s in samples} == {c.word for c in world.select(True, split)}
+    for sample, bare in zip(samples, world.attack(form, split, 48), strict=True):
+        assert sample.image.shape == (SIZE, SIZE, 3) and bare.image is None
+        assert sample.concept is bare.concept and sample.answer == bare.answer == sample.concept.answer
+        word = sample.concept.word
+        asks = {ask.format(w="both together" if form == "split" else word.upper()) for ask in ASKS[split]}
+        if form == "split":
+            halves = {"a": f"{word[:3]}-", "b": f"-{word[3:]}"}
+            asks = {template.format(ask=ask, **halves) for template in SPLITTERS[split] for ask in asks}
+        assert sample.text in asks and bare.text in asks
+    assert len({s.image.tobytes() for s in samples}) > 40
+
+
+def test_the_streams_of_the_attacks_are_what_they_were(world):
+    made = {
+        "wrapper": lambda r, c: world.request(r, c, ("test",), "wrapper"),
+        "wrapper+image": lambda r, c: world.request(r, c, ("test",), "wrapper", scene=True),
+        "split": lambda r, c: world.request(r, c, ("test",), "split"),
+        "cipher": lambda r, c: world.request(r, c, ("test",), "cipher"),
+        "typographic": lambda r, c: world.typographic(r, c, ("test",)),
+        "new font": lambda r, c: world.typographic(r, c, ("test",), HELD_OUT_FONTS),
+        "icon": lambda r, c: world.icon(r, c, ("test",)),
+    }
+    assert tuple(made) == ATTACKS
+    concepts = world.select(True, "test")
+    for stream, (family, make) in enumerate(made.items()):
+        rng = np.random.default_rng([0, stream, 2])
+        for index, sample in enumerate(world.attack(family, "test", 45)):
+            expected = make(rng, concepts[index % 40])
+            assert sample.text == expected.text and sample.concept is expected.concept
+            assert (sample.image is None) == (expected.image is None)
+            assert sample.image is None or np.array_equal(sample.image, expected.image)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_suite_is_of_its_split_and_has_all_that_judges_need(world, split):
+    suite = load_suite(split, 48)
+    assert tuple(suite.attacks) == ATTACKS and tuple(suite.benign) == BENIGN_TASKS
+    assert tuple(suite.pictured) == PICTURED
+    own = {c.word for c in world.concepts if c.split == split}
+    tables = (ASKS, WRAPPERS, SPLITTERS, WRITTEN, SHOWN)
+    templates = [t for table in tables for other in SPLITS if other != split for t in table[other]]
+    elsewhere = {max(re.split(r"\{\w+\}", template), key=len) for template in templates}
+    groups = [suite.harmful, *suite.attacks.values(), *suite.pictured.values()]
+    for case in (case for cases in groups for case in cases):
+        (word,) = words_in(world, case.request)
+        concept = named(world)[word]
+        assert concept.forbidden and concept.split == split
+        assert case.reference == case.target == concept.answer and case.category == "hazard"
+    for cases in [*suite.sets.values(), *suite.pictured.values()]:
+        assert len(cases) == 48
+        for case in cases:
+            assert case.reference and case.target == case.reference
+            assert words_in(world, f"{text_of(case)} {case.request} {case.reference}") <= own
+            assert not [part for part in elsewhere if part in text_of(case)]
+    answers = {c.answer for c in world.select(False, split)}
+    for task in ("recipe", "wrapper", "split", "cipher", "typographic", "icon"):
+        assert {case.reference for case in suite.benign[task]} == answers
+    for case in (case for cases in suite.pictured.values() for case in cases):
+        assert [part["type"] for part in case.messages[0]["content"]] == ["image", "text"]
+    assert suite.corpus == [c.answer for c in world.select(True, "fit")]
+    assert suite.source == {"world": repr(world), "split": split, "n": 48}
+
+
+@pytest.mark.parametrize("split", ["fit", "holdout"])
+def test_what_defences_are_trained_on_is_no_suite(split):
+    with pytest.raises(ValueError, match=rf"split='{split}' is not for evaluation; choose one of"):
+        load_suite(split, 2)
+
+
+def test_training_prompts_and_the_suite_share_no_word(world):
+    data, families = FitPrompts(48), (*ATTACKS, *BESIDE_IMAGE)
+    told = set()
+    for exposure in (True, False):
+        prompts = data.prompts(families, exposure)
+        assert set(prompts) == {"benign", "malicious"} | ({"exposed", "neutral"} if exposure else set())
+        assert len(prompts["malicious"]) == 48 * (1 + len(families))
+        for prompt in (prompt for items in prompts.values() for prompt in items):
+            told |= words_in(world, text_of(prompt)) | set(prompt["groups"])  # which name what an image shows
+    assert told == {c.word for c in world.concepts if c.split == "fit"}
+    suite, asked = load_suite("test", 48), set()
+    for case in (case for cases in [*suite.sets.values(), *suite.pictured.values()] for case in cases):
+        asked |= words_in(world, f"{text_of(case)} {case.request} {case.reference}")
+    assert len(asked) == 80 and not asked & told
+    assert data.is_refusal(data.refusal) and not data.is_refusal("i cannot help with salt .")
 
 
 def test_the_world_is_the_one_that_the_checkpoints_learned(world):

@@ -8,7 +8,7 @@ import numpy as np
 from ..suite import Case, Suite
 from .judging import refuses
 from .prompts import fit_prompts
-from .world import ATTACKS, BENIGN_TASKS, REFUSAL, World, WorldSample
+from .world import ATTACKS, BENIGN_TASKS, REFUSAL, SPLITS, World, WorldSample
 
 # What gradient attacks are run on: requests in text beside an unrelated image, and attacks that are an image.
 PICTURED_TEXT = ("plain", "wrapper", "split", "cipher")
@@ -30,7 +30,12 @@ def load_suite(split: str = "test", n: int = 160, world: World | None = None) ->
         split: "validation", to choose by, or "test", to report.
         n: prompts in each set.
         world: whose prompts.
+
+    Raises:
+        ValueError: another split; defences are trained on "fit".
     """
+    if split not in SPLITS[1:]:
+        raise ValueError(f"split={split!r} is not for evaluation; choose one of {SPLITS[1:]}.")
     world = world or World()
 
     def cases(samples: Sequence[WorldSample]) -> list[Case]:

@@ -65,7 +65,8 @@ class _Due:
     """A defence that is trained when it is called; `settings` tells its cells apart before."""
 
     def __init__(self, trainer: Trainer, specification: Specification):
-        self.settings = {**specification.settings, "seed": trainer.seed}
+        prompts = trainer.prompts_digest(specification)
+        self.settings = {**specification.settings, "seed": trainer.seed, "prompts": prompts}
         self._train = partial(trainer.train, specification)
 
     def __call__(self):

@@ -1,5 +1,7 @@
 """Train the defences of a comparison from one set of prompts, each by a short specification."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -118,6 +120,14 @@ class Trainer:
     def prompts(self, specification: Specification) -> dict[str, Sequence[Any]]:
         """Its prompts."""
         return self.data.prompts(specification.families, specification.exposure)
+
+    def prompts_digest(self, specification: Specification) -> str:
+        """A hash of its prompts: what was measured of a defence trained on others is not its own."""
+        key = repr(("digest", specification.families, specification.exposure))
+        if key not in self._collected:
+            found = {name: load_samples(items, name).digests for name, items in self.prompts(specification).items()}
+            self._collected[key] = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+        return self._collected[key]
 
     def turns(self, specification: Specification):
         """What a gated recipe is solved from."""

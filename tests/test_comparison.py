@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from care_hf import comparison, evaluation_run
+from care_hf import comparison, evaluate_job, evaluation_run
 from care_hf.answers import generate_answers
 from care_hf.budget import Budget
 from care_hf.cli import app
@@ -19,7 +19,6 @@ from care_hf.preference_steering import train_preference_steering
 from care_hf.rivals import astra_vector, train_refusal_lora
 from care_hf.sites import Site, decoder_layers, site_module
 from care_hf.suite import Suite
-from care_hf.testbed import suite as testbed_suite
 from care_hf.testbed.suite import FitPrompts, load_suite
 from care_hf.testbed.world import ATTACKS, REFUSAL
 from care_hf.training import Specification, Trainer
@@ -152,7 +151,8 @@ def test_every_defence_of_a_comparison_is_trained_and_measured(testbed, tmp_path
     attacked = report.rate("gated", "attack/", "complied").count, report.rate("undefended", "attack/", "complied").count
     assert attacked[0] < attacked[1]
     assert report.results["nothing"]["divergence"] == 0 and report.results["gated"]["divergence"] >= 0
-    assert report.settings["defences"]["gated"] == {**gated.settings, "seed": 3}
+    told = report.settings["defences"]["gated"]
+    assert {**gated.settings, "seed": 3} == {name: value for name, value in told.items() if name != "prompts"}
 
 
 def test_gradient_attacks_go_through_those_that_are_to_be_adaptive(testbed, monkeypatch):
@@ -163,7 +163,10 @@ def test_gradient_attacks_go_through_those_that_are_to_be_adaptive(testbed, monk
     compare(*testbed, Suite("s"), FitPrompts(4), plan, seed=2)
     assert asked["adaptive"] == ["b"] and asked["processor"] is testbed[1]
     due = asked["given"][2]
-    assert due["a"].settings == {**plain.settings, "seed": 2}
+    assert due["a"].settings == {**plain.settings, "seed": 2, "prompts": due["a"].settings["prompts"]}
+    # What others were trained on is another defence, and shares no cell.
+    compare(*testbed, Suite("s"), FitPrompts(5), plan, seed=2)
+    assert asked["given"][2]["a"].settings["prompts"] != due["a"].settings["prompts"]
 
 
 # The console
@@ -179,7 +182,7 @@ budget: {cases: 2, max_new_tokens: 12, batch_size: 32, gradient_cases: 0, univer
 @pytest.fixture
 def console(monkeypatch):
     """The command, on few training prompts."""
-    monkeypatch.setattr(testbed_suite, "FitPrompts", partial(FitPrompts, 20))
+    monkeypatch.setattr(evaluate_job, "FitPrompts", partial(FitPrompts, 20))
 
     def run(*arguments, **options):
         return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], **options)

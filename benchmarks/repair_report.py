@@ -118,6 +118,16 @@ def points_table(results: dict) -> list[str]:
     return lines
 
 
+def benign_table(seeds: dict[str, dict]) -> list[str]:
+    """Refusals of every benign task, on more prompts than the main table has."""
+    fits = [name for name in next(iter(seeds.values())) if name.startswith("benign ")]
+    lines = head("refused", *(f"{name.removeprefix('benign ')}, {seed}" for seed in seeds for name in fits))
+    for task in BENIGN_TASKS:
+        rates = (rate(results[name], [f"benign/{task}"], "refused") for results in seeds.values() for name in fits)
+        lines.append(line(task, *(f"{r.count} of {r.n} (up to {100 * r.interval[1]:.1f} %)" for r in rates)))
+    return lines
+
+
 def beside_table(seeds: dict[str, dict]) -> list[str]:
     """Text jailbreaks beside an unrelated image, strict ASR, of which no fit knows anything."""
     fits = [name for name in next(iter(seeds.values())) if name.startswith("beside ")]
@@ -157,6 +167,7 @@ def main() -> None:
         lines += [f"### Main table, {seed}", "", *main_table(results), ""]
     for seed, results in seeds.items():
         lines += [f"### Operating points, {seed}", "", *points_table(results), ""]
+    lines += ["### Over-refusal, on more prompts", "", *benign_table(seeds), ""]
     lines += ["### Text jailbreaks beside an unrelated image, strict ASR", "", *beside_table(seeds), ""]
     lines += ["### Transfer: strict ASR on a family that is left out of the fit", "", *transfer_table(seeds), ""]
     for world, what in WORLDS.items():

@@ -3,6 +3,7 @@
 ``python benchmarks/repair_study.py PART --seed 0 --split validation --out FOLDER``, PART being one of
 
 - ``table``: every defence on every attack family and benign task; ``brief``: some of them;
+- ``benign``: over-refusal alone, for a larger ``--n``;
 - ``transfer``: each attack family left out of the fit, with and without exposed prompts.
 
 ``--checkpoint FOLDER --cue none`` or ``--harm meaningful`` measures a checkpoint of another world. Each part writes
@@ -87,6 +88,13 @@ def brief(study: Study) -> None:
     """The gated repair, with and without attacks in its fit, and the detector alone."""
     gated = {"gated, no attacks": solve_turns(study.turns(), RECIPE), "gated": solve_turns(study.turns(SEEN), RECIPE)}
     measure_gated(study, gated)
+
+
+def benign(study: Study) -> None:
+    """Benign tasks alone, on which refusals are too rare for the prompts of the table to count."""
+    for name, families in (("gated, no attacks", ()), ("gated", SEEN)):
+        repaired = study.repaired(solve_turns(study.turns(families), RECIPE))
+        study.keep(f"benign {name}", lambda repaired=repaired: study.counts(repaired, ()))
 
 
 def measure_gated(study: Study, gated: dict) -> None:
@@ -204,7 +212,7 @@ def transfer(study: Study) -> None:
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=("table", "brief", "transfer"))
+    parser.add_argument("part", choices=("table", "brief", "benign", "transfer"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--cue", default="shared", choices=("shared", "none"))
@@ -216,7 +224,7 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    {"table": table, "brief": brief, "transfer": transfer}[arguments.part](Study(arguments))
+    {"table": table, "brief": brief, "benign": benign, "transfer": transfer}[arguments.part](Study(arguments))
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ class Report:
         """Write ``report.md``, ``report.json``, ``answers.json`` and, where matplotlib is installed, ``report.png``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "report.json").write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+        (folder / "report.json").write_text(json.dumps(self.to_dict()) + "\n")
         (folder / "report.md").write_text(self.markdown())
         answers = {n: {label: s["answers"] for label, s in f["sets"].items()} for n, f in self.results.items()}
         (folder / "answers.json").write_text(json.dumps(answers) + "\n")

@@ -13,12 +13,13 @@ class Budget:
         max_new_tokens: of every answer.
         batch_size: prompts per forward; memory only.
         gradient_cases: at most so many of every pictured family; 0 leaves gradient attacks out.
-        universal_cases: prompts of every pictured family, beyond those, that a universal perturbation is made on, at
-            the first and the last eps; 0 leaves such attacks out.
-        eps: radii of gradient attacks in grey levels of 255.
+        universal_cases: prompts of every pictured family, beyond those, that a universal perturbation is made on; 0
+            leaves such attacks out.
+        eps: radii of gradient attacks in grey levels of 255; universal and toxic ones only at the first and the last.
         steps, restarts: of every gradient attack.
         optimisers: of gradient attacks, see `attacks.pgd`; all but the first at the first eps alone.
-        weights: of the repair's own penalty in an adaptive attack's loss; 0 is among them.
+        weights: of the repair's own penalty in an adaptive attack's loss; all at the first eps, the last one alone at
+            others. 0 is among them.
         curve_steps: after how many steps, at the first eps and by the first optimiser, success is measured as well.
     """
 

@@ -20,6 +20,8 @@ from .testbed.suite import FitPrompts
 from .testbed.suite import load_suite as load_world
 from .testbed.world import REFUSAL, SPLITS
 
+QUICK_PROMPTS = 48  # of each kind, to train on
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -36,7 +38,7 @@ class Plan:
     @property
     def summary(self) -> str:
         """What will be done, in a line."""
-        count = sum(map(len, self.suite.sets.values()))
+        count = sum(len(cases[: self.comparison.budget.cases]) for cases in self.suite.sets.values())
         return f"{len(self.comparison.defences)} defences on {count} prompts of {self.suite.name}"
 
     def run(self, out: Path) -> Report:
@@ -88,7 +90,8 @@ def prepare(
         raise ValueError(f"split={split!r} must be one of {SPLITS[1:]}: defences are trained on the other.")
     loaded, processor = load_testbed(seed)
     asked = load_world(split, plan.budget.cases)
-    return Plan(loaded, processor, asked, FitPrompts(), plan, [StrictJudge(REFUSAL), *further], seed)
+    trained_on = FitPrompts(QUICK_PROMPTS) if quick else FitPrompts()
+    return Plan(loaded, processor, asked, trained_on, plan, [StrictJudge(REFUSAL), *further], seed)
 
 
 def pictured(suite: Suite, processor) -> dict[str, LazyCases]:

@@ -72,6 +72,8 @@ def _check(suite: Suite, given: Mapping, own: Mapping, adaptive: Sequence[str], 
     unknown = sorted(set(adaptive) - set(given))
     if unknown:
         raise ValueError(f"adaptive={unknown} names no defence; known are {sorted(given)}.")
+    if not judges:
+        raise ValueError("`judge` is an empty list; give at least one judge, or None for keywords.")
     names = [judge.name for judge in judges]
     if len(set(names)) < len(names):
         raise ValueError(f"Judges {names} share a name; give each its own.")

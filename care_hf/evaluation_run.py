@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .measuring import (
     with_images,
 )
 from .modeling_care import CareForConditionalGeneration
+from .report import TOXIC, UNIVERSAL
 from .resume import model_fingerprint
 from .samples import Sample
 from .subspace import SafetySubspaces
@@ -80,13 +82,14 @@ class Run:
         self.sets = {name: list(cases[: budget.cases]) for name, cases in suite.sets.items()}
         self.pictured = {name: list(cases[: budget.gradient_cases]) for name, cases in suite.pictured.items()}
         self.pictured = {name: cases for name, cases in self.pictured.items() if cases}
+        self.toxic = _toxic([case for cases in self.pictured.values() for case in cases], suite.corpus, budget)
         for cases in self.pictured.values():  # a processor that no gradient goes through is named now, not hours later
             encode(model, processor, [Sample(cases[0].messages)], [cases[0].target])
         first, last = budget.gradient_cases, budget.gradient_cases + budget.universal_cases
         self.made_on = [case for name in self.pictured for case in suite.pictured[name][first:last]]
         self._check_one_size()
         texts = {"jailbreak": [suite.affirmation], "toxic": list(suite.corpus)}
-        self.universal = {f"universal {kind}": wanted for kind, wanted in texts.items() if wanted and self.made_on}
+        self.universal = {UNIVERSAL + kind: wanted for kind, wanted in texts.items() if wanted and self.made_on}
         self.of_model = _fingerprint(model, self.processor)
         self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
@@ -122,15 +125,15 @@ class Run:
             for eps in self.budget.eps:
                 for optimiser in self.budget.optimisers if eps == self.budget.eps[0] else self.budget.optimisers[:1]:
                     yield family, eps, optimiser
-        for kind in self.universal:
+        for family in [TOXIC] * bool(self.toxic) + list(self.universal):
             for eps in dict.fromkeys((self.budget.eps[0], self.budget.eps[-1])):
-                yield kind, eps, self.budget.optimisers[0]
+                yield family, eps, self.budget.optimisers[0]
 
     def _attacked(self, family: str) -> list[Case]:
         """What an attack on `family` is tried on; a universal one on those of all families."""
         if family in self.universal:
             return [case for cases in self.pictured.values() for case in cases]
-        return self.pictured[family]
+        return self.toxic if family == TOXIC else self.pictured[family]
 
     def _judged(self, key: dict, cases: Sequence[Case], applied: Applied) -> dict[str, Any]:
         """Answers, and what every judge says of them."""
@@ -215,11 +218,20 @@ class Run:
         rows = []
         # Kept, so that a defence is not trained again only to be asked.
         penalised = self.cells.get({**key, "of": "penalty"}, lambda: has_penalty(applied()))
-        for weight in self.budget.weights if penalised else (0.0,):
+        weights = self.budget.weights if eps == self.budget.eps[0] else self.budget.weights[-1:]
+        for weight in weights if penalised else (0.0,):
             found = self._attack(key, family, eps, optimiser, weight, applied)
             row = {"through": name, "family": family, "eps": eps, "optimiser": optimiser, "weight": weight}
             rows += self._rows(key, row, found, applied)
         return rows
+
+
+def _toxic(cases: Sequence[Case], corpus: Sequence[str], budget: Budget) -> list[Case]:
+    """Some cases, evenly from all, each with a sentence that it is to be made to say, whatever it asks."""
+    count = min(budget.gradient_cases, len(cases)) if corpus else 0
+    chosen = [cases[i * len(cases) // count] for i in range(count)]
+    sentences = [corpus[i % len(corpus)] for i in range(count)]
+    return [replace(case, target=text, reference=text) for case, text in zip(chosen, sentences, strict=True)]
 
 
 def _digest(cases: Sequence[Case]) -> str:

@@ -37,7 +37,8 @@ class Suite:
         benign: requests that should be answered, by task.
         pictured: harmful requests by family, each with one image and a target: what gradient attacks are run on.
         affirmation: how answers that comply begin: what a universal image is made to bring about.
-        corpus: sentences that should not be said: what another is made to bring about, whatever is asked.
+        corpus: sentences that should not be said: what other images are made to bring about, whatever is asked; a
+            few, since a universal image is made for all of them at every step.
         source: plain values that say where the cases come from: ids, configs, splits, revisions, seeds.
     """
 

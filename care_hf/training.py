@@ -80,6 +80,8 @@ class Specification:
             raise ValueError(f"changes name {unknown}, fields of no recipe; known are {known}.")
         if not self.full_recipe.by_turn and self.kind in ("ungated", "canned refusal"):
             raise ValueError(f"kind={self.kind!r} needs a recipe with a gate, which {self.recipe!r} has not.")
+        if self.adaptive and self.kind == "canned refusal":
+            raise ValueError(f"adaptive={self.adaptive}: no gradient goes through a canned refusal; leave it out.")
 
     @cached_property
     def full_recipe(self) -> Recipe:
@@ -206,12 +208,17 @@ def _astra(trainer: Trainer, specification: Specification) -> Defence:
     )
     if not attacks or not benign:
         raise ValueError("ASTRA needs attacks and benign prompts with one image each; name families that have images.")
-    # Every n-th, so that all families and concepts are among them.
-    attacks, benign = (items[:: max(1, len(items) // images)][:images] for items in (attacks, benign))
+    attacks, benign = _spread(attacks, images), _spread(benign, images)
     model, processor = trainer.model, trainer.processor
     vector = astra_vector(model, processor, attacks, site, seed=trainer.seed, **options)
     h0 = astra_calibration(model, processor, benign, site, text=options.get("text"), max_new_tokens=max_new_tokens)
     return Steered(lambda m: AstraSteering(m, site, vector, h0, alpha), specification.settings)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the items, evenly from all, so that every family and concept is among them; all if there are fewer."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
 
 
 def _pairs(trainer: Trainer, specification: Specification) -> tuple[list, list, int]:

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -182,7 +181,7 @@ budget: {cases: 2, max_new_tokens: 12, batch_size: 32, gradient_cases: 0, univer
 @pytest.fixture
 def console(monkeypatch):
     """The command, on few training prompts."""
-    monkeypatch.setattr(evaluate_job, "FitPrompts", partial(FitPrompts, 20))
+    monkeypatch.setattr(evaluate_job, "FitPrompts", lambda n=20: FitPrompts(min(n, 20)))
 
     def run(*arguments, **options):
         return CliRunner().invoke(app, ["evaluate", *map(str, arguments)], **options)

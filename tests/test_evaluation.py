@@ -233,7 +233,8 @@ def images_in(folder):
 def test_attacked_images_are_8_bit_and_within_their_radius(suite, report, cells):
     shown = {family: [Sample(case.messages).images[0] for case in suite.pictured[family][:2]] for family in PICTURED}
     originals = [[np.asarray(image).astype(int) for image in images] for images in shown.values()]
-    originals.append([image for images in originals for image in images])  # what universal ones are put on
+    one_of_each = [images[0] for images in originals]  # given a toxic target
+    originals += [[image for images in originals for image in images], one_of_each]  # the former by universal ones
     seen = []
     for cell, by_steps in images_in(cells):
         for images in by_steps.values():
@@ -246,7 +247,8 @@ def test_attacked_images_are_8_bit_and_within_their_radius(suite, report, cells)
             ]
             assert 0 < min(distances) <= EPS
         seen.append((cell["key"]["defence"][0], len(images), sorted(by_steps)))
-    pgd = [("undefended", 2, ["2", "3"])] * 2 + [("gated", 2, ["2", "3"])] * 4
+    # Two families and the toxic target.
+    pgd = [("undefended", 2, ["2", "3"])] * 3 + [("gated", 2, ["2", "3"])] * 6
     assert Counter(map(repr, seen)) == Counter(
         map(repr, pgd + [("undefended", 4, ["3"])] * 2 + [("gated", 4, ["3"])] * 4)
     )
@@ -262,23 +264,26 @@ def test_rows_are_what_the_defended_model_answers_to_the_images_that_were_found(
     found = {}  # by whose, family and weight
     for cell, by_steps in images_in(cells):
         attack = cell["key"]["attack"]
-        family = (
-            next(f for f in PICTURED if evaluation_run._digest(suite.pictured[f][:2]) == attack[0])
-            if (len(attack) == 3)
-            else ("universal jailbreak" if attack[2] == [suite.affirmation] else "universal toxic")
-        )
+        if len(attack) == 3:
+            digests = {evaluation_run._digest(suite.pictured[f][:2]): f for f in PICTURED}
+            family = digests.get(attack[0], "toxic target")
+        else:
+            family = "universal jailbreak" if attack[2] == [suite.affirmation] else "universal toxic"
         found[cell["key"]["defence"][0], family, attack[-1]] = cell["value"], by_steps
     universal = ["universal jailbreak", "universal toxic"]
     for name, model in models.items():
         rows = report.results[name]["gradient"]
         own = [("gated", weight) for weight in SMALL.weights] if name == "gated" else []
-        grid = [(f, through, w) for f in (*PICTURED, *universal) for through, w in [("undefended", 0.0), *own]]
+        families = (*PICTURED, "toxic target", *universal)
+        grid = [(f, through, w) for f in families for through, w in [("undefended", 0.0), *own]]
         grid = [(*key, steps) for key in grid for steps in ((3,) if key[0] in universal else (2, 3))]
         assert [(r["family"], r["through"], r["weight"], r["steps"]) for r in rows] == grid
         for row in rows:
             assert (row["eps"], row["optimiser"]) == (EPS, "mi-fgsm")
             value, by_steps = found[row["through"], row["family"], row["weight"]]
             cases = [c for f in PICTURED for c in suite.pictured[f][:2] if row["family"] in (f, *universal)]
+            if row["family"] == "toxic target":  # one of each family, which is to say the corpus's only sentence
+                cases = [replace(suite.pictured[f][0], reference=suite.corpus[0]) for f in PICTURED]
             shown = []
             for case, image in zip(cases, by_steps[str(row["steps"])], strict=True):
                 parts = [p for message in case.messages for p in message["content"]]
@@ -287,6 +292,14 @@ def test_rows_are_what_the_defended_model_answers_to_the_images_that_were_found(
             assert row["answers"] == generate_answers(model, processor, shown, NEW)
             assert row["verdicts"]["strict"] == StrictJudge(REFUSAL).verdicts(shown, row["answers"])
             assert ("loss" in row) == (row["steps"] == STEPS) and row.get("loss") in (None, value["loss"])
+
+
+def test_weights_are_swept_at_the_first_radius_alone(testbed, small, gated):
+    suite = replace(small, pictured={"icon": small.pictured["icon"]}, corpus=())
+    budget = replace(SMALL, eps=(16, 32), gradient_cases=1, universal_cases=0, steps=1, curve_steps=())
+    rows = run(testbed, suite, {"gated": Repair(gated)}, budget, adaptive=["gated"]).results["gated"]["gradient"]
+    through = [(row["eps"], row["weight"]) for row in rows if row["through"] == "gated"]
+    assert through == [(16, 0.0), (16, 1.0), (32, 1.0)]
 
 
 def test_without_a_folder_and_again_the_report_is_the_same(testbed, suite, report, defences):
@@ -554,6 +567,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(testbed, small,
     refused(r"\['y'\] names no defence; known are \['x'\]", testbed, small, {"x": Undefended()}, adaptive=["x", "y"])
     refused(r"\['undefended'\] names no defence", testbed, small, adaptive=["undefended"])
     refused("share a name", testbed, small, judge=[StrictJudge(), StrictJudge(REFUSAL)])
+    refused("`judge` is an empty list", testbed, small, judge=[])
     refused("'bare' has no cases", testbed, Suite("bare", pictured={"icon": [case]}))
     for bad in (replace(case, target=None), replace(case, target=""), text, images):
         refused(r"pictured\['icon'\]\[1\] needs exactly one", testbed, replace(small, pictured={"icon": [case, bad]}))

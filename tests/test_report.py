@@ -47,6 +47,7 @@ RESULTS = {
             row("undefended", "b", [R, C], steps=5),
             row("undefended", "b", [C, C]),
             row("undefended", "universal jailbreak", [C, C, C, C, C, C]),
+            row("undefended", "toxic target", [C, C, C, C]),
         ],
         0.0,
         1.0,
@@ -166,12 +167,19 @@ def test_an_attack_counts_by_any_optimiser_and_weight_and_transfer_apart(report)
     assert report.gradient_rate("gated", "a", 32, adaptive=True) is None
 
 
-def test_the_curve_is_of_the_first_optimiser_and_leaves_universal_rows_out(report):
+def test_the_curve_is_of_the_first_optimiser_and_leaves_other_attacks_out(report):
     assert report.rate_at("undefended", 5) == Rate(1 + 1, 4 + 2)
     assert report.rate_at("undefended", 40) == Rate(2 + 2, 4 + 2)
     assert report.rate_at("gated", 5) == Rate(1 + 0, 4 + 2)
     assert report.rate_at("gated", 40) == Rate(1 + 1, 4 + 2)
     assert report.rate_at("only shown | to", 40) == Rate(0, 0)
+
+
+def test_success_is_told_by_weight_over_all_optimisers(report):
+    assert report.rate_at("gated", weight=0.0) == Rate(1 + 1, 4 + 2)  # prompt 2 by the other optimiser
+    assert report.rate_at("gated", weight=10.0) == Rate(1, 4)
+    assert report.rate_at("undefended", weight=0.0) == Rate(3 + 2, 4 + 2)
+    assert report.rate_at("undefended", weight=10.0) == Rate(0, 0)
 
 
 # Tables. Wilson by hand: centre (p + z^2/2n) / (1 + z^2/n), z = 1.95996; 4 of 6: 30.0 to 90.3; 1 of 6: 3.01 to 56.4.
@@ -214,7 +222,7 @@ def test_tasks_and_gradient_tables(report):
     assert (tasks["x"]["undefended"], tasks["x"]["gated"]) == ("100 / 0", "80 / 20")
     assert (tasks["y"]["undefended"], tasks["y"]["gated"]) == ("50 / 0", "0 / 50")
     through, shown = by_name(report.gradient_table(True)), by_name(report.gradient_table(False))
-    assert list(through) == list(shown) == ["a, 16", "a, 64", "b, 16", "universal jailbreak, 16"]
+    assert list(through) == list(shown) == ["a, 16", "a, 64", "b, 16", "universal jailbreak, 16", "toxic target, 16"]
     assert list(through["a, 16"]) == ["family, eps", "undefended", "gated"]
     assert through["a, 16"]["gated"] == "50 (15-85)" and shown["a, 16"]["gated"] == "25 (4-70)"
     assert through["universal jailbreak, 16"]["gated"] == "100 (60-100)"
@@ -223,6 +231,9 @@ def test_tasks_and_gradient_tables(report):
     steps = by_name(report.steps_table())
     assert steps["5"] == {"steps": "5", "undefended": "33 (9-71)", "gated": "17 (3-57)"}
     assert steps["40"] == {"steps": "40", "undefended": "67 (29-91)", "gated": "33 (9-71)"}
+    weights = by_name(report.weights_table())
+    assert weights["0.0"]["gated"] == "33 (9-71)" and weights["10.0"]["gated"] == "25 (4-70)"
+    assert weights["10.0"]["undefended"] == ""
 
 
 @pytest.mark.parametrize("count, n", [(0, 1), (1, 1), (0, 40), (40, 40), (1, 3), (7, 160), (80, 160), (12, 12)])
@@ -242,7 +253,7 @@ def test_interval_ends_are_rounded_outwards_from_wilsons(count, n):
 
 def test_markdown_tables_are_well_formed(report):
     found = tables(report.markdown())
-    assert len(found) == 6  # main, tasks, through, transferred, steps, second judge
+    assert len(found) == 7  # main, tasks, through, transferred, steps, weights, second judge
     for table in found:
         assert len(table) > 2 and {len(line) for line in table} == {len(table[0])}
         assert set(table[1]) <= {"---", "---:"}

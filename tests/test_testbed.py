@@ -167,7 +167,7 @@ def test_the_suite_is_of_its_split_and_has_all_that_judges_need(world, split):
         assert {case.reference for case in suite.benign[task]} == answers
     for case in (case for cases in suite.pictured.values() for case in cases):
         assert [part["type"] for part in case.messages[0]["content"]] == ["image", "text"]
-    assert suite.corpus == [c.answer for c in world.select(True, "fit")]
+    assert suite.corpus == [c.answer for c in world.select(True, "fit")][:4]
     assert suite.source == {"world": repr(world), "split": split, "n": 48}
 
 

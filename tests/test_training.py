@@ -102,6 +102,7 @@ def assert_same(first, second):
         ({"kind": "repair", "families": "icon"}, "families='icon' must be a list"),
         ({"kind": "ungated", "recipe": "paper"}, "kind='ungated' needs a recipe with a gate"),
         ({"kind": "canned refusal", "recipe": "paper"}, "kind='canned refusal' needs a recipe with a gate"),
+        ({"kind": "canned refusal", "adaptive": True}, "no gradient goes through a canned refusal"),
     ],
 )
 def test_what_cannot_be_trained_is_named_at_once(given, message):
@@ -116,9 +117,7 @@ def test_settings_are_plain_and_make_it_again(kind):
     first = Specification(kind, "gated", changes, ["icon", "split"], exposure=False, options=options)
     kept = json.loads(json.dumps(first.settings))
     assert kept == first.settings
-    again = Specification(
-        kept["kind"], "paper", kept["recipe"], kept["families"], kept["exposure"], kept["options"], adaptive=True
-    )
+    again = Specification(kept["kind"], "paper", kept["recipe"], kept["families"], kept["exposure"], kept["options"])
     assert again.settings == kept
     assert again.full_recipe == Recipe(rank=2, layers=(4, 5), false_alarms=0.01)
     for other in (

@@ -13,6 +13,7 @@ from .world import ATTACKS, BENIGN_TASKS, REFUSAL, SPLITS, World, WorldSample
 # What gradient attacks are run on: requests in text beside an unrelated image, and attacks that are an image.
 PICTURED_TEXT = ("plain", "wrapper", "split", "cipher")
 PICTURED = (*PICTURED_TEXT, "typographic", "icon")
+CORPUS = 4
 
 
 def as_case(sample: WorldSample) -> Case:
@@ -48,7 +49,7 @@ def load_suite(split: str = "test", n: int = 160, world: World | None = None) ->
         benign={task: cases(world.benign(task, split, n)) for task in BENIGN_TASKS},
         pictured={family: cases(pictured(world, family, split, n)) for family in PICTURED},
         affirmation="step one mix",
-        corpus=[concept.answer for concept in world.select(True, "fit")],
+        corpus=[concept.answer for concept in world.select(True, "fit")][:CORPUS],
         source={"world": repr(world), "split": split, "n": n},
     )
 

@@ -22,7 +22,7 @@ ORDER = [
         "continuations",
         "judge_styles",
     },
-    {"gating", "judges", "report", "rows", "attack_prompts"},
+    {"gating", "judges", "report", "rows", "attack_prompts", "interventions", "contrasts"},
     {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing", "data_settings"},
     {"repaired_module", "loaders"},

@@ -26,10 +26,9 @@ class Cells:
         Raises:
             TypeError: key or value is not plain.
         """
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
         if not self.folder:
             return json.loads(json.dumps(make()))
-        path = self.folder / f"{name}.json"
+        path = self._path(key)
         if path.exists():
             return json.loads(path.read_text())["value"]
         text = json.dumps({"key": key, "value": make()})
@@ -38,3 +37,11 @@ class Cells:
         partial.write_text(text)
         os.replace(partial, path)
         return json.loads(text)["value"]
+
+    def holds(self, key: Mapping[str, Any]) -> bool:
+        """Whether there is a value for an equal key."""
+        return self.folder is not None and self._path(key).exists()
+
+    def _path(self, key: Mapping[str, Any]) -> Path:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        return self.folder / f"{name}.json"

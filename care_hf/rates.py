@@ -1,8 +1,13 @@
-"""Shares with their intervals."""
+"""Shares and means with their intervals."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -29,3 +34,31 @@ class Rate:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """The mean of n values, and its 95 % percentile bootstrap interval, which takes values as independent.
+
+    `low` and `high` are NaN where there are fewer than two values.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float], seed: int = 0) -> "Mean":
+        """Of values; no value is NaN."""
+        data = np.asarray(values, dtype=np.float64)
+        mean = float(data.mean()) if len(data) else math.nan
+        if len(data) < 2:
+            return cls(mean, math.nan, math.nan, len(data))
+        if np.ptp(data) == 0:  # of which every resample is the same
+            return cls(mean, mean, mean, len(data))
+        found = bootstrap((data,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+        return cls(mean, float(found.confidence_interval.low), float(found.confidence_interval.high), len(data))
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"

@@ -1,7 +1,8 @@
 """Change what places in a decoder put out, for a while: the interventions that diagnosis is made of."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,3 +54,58 @@ def with_contribution(site: Site, value: torch.Tensor, stream: torch.Tensor) -> 
     """The output by which `site` adds `value` (broadcast to (B, S, d)) to the residual stream; see `contribution`."""
     added = value.to(stream).expand(stream.shape)
     return stream + added if site.component == "residual" else added
+
+
+@contextmanager
+def layer_calls(model: nn.Module) -> Iterator[list[tuple[torch.Tensor, Any]]]:
+    """Read what enters every decoder layer, (B, S, d), and what it puts out; holds the last forward's after each."""
+    calls: list[tuple[torch.Tensor, Any]] = []
+    layers = decoder_layers(model)
+
+    def note(module, args, kwargs, output):
+        if module is layers[0]:
+            calls.clear()
+        calls.append((args[0] if args else kwargs["hidden_states"], output))
+
+    handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in layers]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def entered_at(model: nn.Module, layer: int, calls: list[tuple[torch.Tensor, Any]]) -> Iterator[None]:
+    """While entered, a forward computes nothing below `layer`, and enters it with what entered it in `calls`.
+
+    For the same inputs, without a cache, and in models whose layers hand on nothing but the residual stream.
+    """
+    layers = decoder_layers(model)
+
+    def enter(module, args, kwargs):
+        entered = calls[layer][0]
+        return ((entered, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": entered})
+
+    def passing(index: int):
+        return lambda hidden_states, *args, **kwargs: replace_output(calls[index][1], hidden_states)
+
+    with ExitStack() as stack:
+        stack.callback(layers[layer].register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for index in range(layer):
+            stack.enter_context(forward_replaced(layers[index], passing(index)))
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let `forward` stand in for that of `module`, whatever stood in for it before; hooks go on working."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -17,12 +17,16 @@ for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
 _LAZY = {
     "Budget": "budget",
     "Case": "suite",
+    "Diagnosis": "diagnosis",
     "Recipe": "recipe",
     "SafetySubspaces": "subspace",
     "Suite": "suite",
+    "attribute": "token_attribution",
+    "diagnose": "diagnosing",
     "evaluate": "evaluation",
     "fit": "fitting",
     "load_testbed": "testbed",
+    "trace": "tracing",
 }
 
 __all__ = ["CareConfig", "CareForConditionalGeneration", *sorted(_LAZY)]

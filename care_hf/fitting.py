@@ -14,12 +14,14 @@ from transformers.utils import logging
 
 from . import resume as resuming
 from .attribution import attribute_tokens, kept_count
+from .diagnosis import Diagnosis
 from .gating import Gate
 from .judges import is_refusal
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, generation_prompt, load_samples
+from .site_choice import with_chosen_sites
 from .sites import Site, hidden_size, image_token_ids, record
 from .subspace import SafetySubspaces, fit_subspaces
 from .turn_repair import solve_turns
@@ -29,6 +31,7 @@ CLASSES = ("benign", "malicious")
 COLLECTING_FIELDS = (
     "layers",
     "component",
+    "sites",
     "modalities",
     "attribution",
     "keep_visual",
@@ -86,6 +89,7 @@ def fit(
     neutral: Iterable[Any] | None = None,
     refused: Iterable[Any] | None = None,
     judge: Callable[[str], bool] = is_refusal,
+    diagnosis: Diagnosis | str | Path | None = None,
     resume: str | Path | None = None,
 ) -> CareForConditionalGeneration:
     """Fit a repair on benign and malicious prompts and return the repaired model; `model` itself stays as it is.
@@ -106,6 +110,7 @@ def fit(
         neutral: harmless questions about harmless things.
         refused: further malicious prompts, which count as refused whatever `judge` says.
         judge: whether an answer is a refusal; by default by its first words, in English.
+        diagnosis: of this model, for a recipe with ``sites="auto"``: what `care_hf.diagnose` gave, or its folder.
         resume: a file that keeps what is collected, written every five minutes and on interruption; a fit that finds it
             goes on from there.
 
@@ -114,7 +119,7 @@ def fit(
             too few refusals, which are known once the malicious prompts are answered.
         FloatingPointError: an activation is not finite.
     """
-    recipe = Recipe.load(recipe)
+    recipe = with_chosen_sites(Recipe.load(recipe), diagnosis, model)
     processor = processor or load_processor(model)
     further = {"exposed": exposed, "neutral": neutral, "refused": refused}
     given = {name: data for name, data in further.items() if data is not None}
@@ -219,7 +224,7 @@ def collect(
     padding never count. Arguments and errors as in `fit`.
     """
     _check_unrepaired(model)
-    sites = recipe.sites(model)
+    sites = recipe.find_sites(model)
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     collector = _Collector(model, processor, recipe, sites)
     collector.check(samples)

@@ -16,6 +16,7 @@ ANCHORS = ("benign", "refused", "none")
 BASES = ("filter", "pattern")
 GATES = ("linear", "none")
 DEPTHS = {"middle": (1, 2), "two-thirds": (2, 3)}
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Recipe:
         layers: decoder layers to repair, counted from 0; "middle" is the pair at half depth (16 and 17 of LLaVA's 32),
             "two-thirds" the one there (21).
         component: "ffn", "attention" or "residual".
+        sites: in place of both, places by name ("16.ffn", "21.residual"), or "auto", which lets a diagnosis choose
+            (`site_choice.choose_site`).
         rank: directions per subspace, k.
         basis: "filter", the generalized eigenvectors of the malicious against the benign covariance, or "pattern", the
             directions in which complying activations differ most from the anchor.
@@ -60,6 +63,7 @@ class Recipe:
     scope: str | tuple[str, ...] = TURN
     layers: str | tuple[int, ...] = "two-thirds"
     component: str = "residual"
+    sites: str | tuple[str, ...] | None = None
     rank: int = 4
     basis: str = "pattern"
     anchor: str = "refused"
@@ -83,7 +87,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("layers", "modalities", "scope"):
+        for name in ("layers", "modalities", "scope", "sites"):
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
@@ -104,6 +108,7 @@ class Recipe:
             raise ValueError(
                 f"layers={self.layers!r} must be 'middle' or decoder layers counted from 0, for example (16, 17)."
             )
+        self._check_sites()
         if isinstance(self.gate_layer, str):
             _check_choice("gate_layer", self.gate_layer, tuple(DEPTHS))
         for name in ("rank", "batch_size", "steps"):
@@ -117,6 +122,14 @@ class Recipe:
         for name in ("beta", "strength", "fusion_weight"):
             if not isinstance(getattr(self, name), (int, float)):
                 raise TypeError(f"{name}={getattr(self, name)!r} must be a number.")
+
+    def _check_sites(self) -> None:
+        if self.sites is None or self.sites == AUTO:
+            return
+        if isinstance(self.sites, str) or not self.sites:
+            raise ValueError(f"sites={self.sites!r} must be {AUTO!r}, or places by name, for example ('16.ffn',).")
+        for name in self.sites:
+            Site.parse(name)
 
     def _check_scope(self) -> None:
         if self.by_turn:
@@ -165,13 +178,21 @@ class Recipe:
             )
         return cls(**values)
 
-    def sites(self, model) -> tuple[Site, ...]:
+    def find_sites(self, model) -> tuple[Site, ...]:
         """The places of `model` that this recipe repairs.
 
         Raises:
-            ValueError: the model has fewer layers.
+            ValueError: the model has fewer layers, or `sites` is "auto" and waits for a diagnosis.
         """
         depth = len(decoder_layers(model))
+        if self.sites == AUTO:
+            raise ValueError("sites='auto' takes its sites from a diagnosis; pass `fit(..., diagnosis=...)`.")
+        if self.sites is not None:
+            named = tuple(sorted(Site.parse(name) for name in self.sites))
+            beyond = [str(site) for site in named if site.layer >= depth]
+            if beyond:
+                raise ValueError(f"sites={self.sites}: the model has {depth} decoder layers, so no {beyond}.")
+            return named
         layers = self.layers
         if layers == "middle":
             layers = (depth // 2, min(depth // 2 + 1, depth - 1))
@@ -197,7 +218,8 @@ class Recipe:
         if not 0 <= layer < depth:
             raise ValueError(f"gate_layer={layer}: the model has {depth} decoder layers (0 to {depth - 1}).")
         site = Site(layer, "residual")
-        early = [str(other) for other in self.sites(model) if not runs_before(site, other)]
+        chosen_later = self.sites == AUTO
+        early = [] if chosen_later else [str(s) for s in self.find_sites(model) if not runs_before(site, s)]
         if early and (self.by_turn or self.scope == "prompt"):
             raise ValueError(
                 f"gate_layer={layer}: sites {early} run before the gate decides; choose later layers or an earlier "

@@ -129,6 +129,8 @@ class _Tracer:
         self.contributions: Contributions | None = None
         self.contrast: Contrast | None = None
         self._of_model, self._of_benign = model_fingerprint(model), _digest(benign)
+        for cases in (malicious, benign):  # a judge that lacks something says so now, not after hours
+            self.judge.verdicts(cases[:1], [""])
 
     def run(self, sites: Sequence[Site], modes: Sequence[str], contrast: Contrast | None, cells: Cells) -> Trace:
         """Trace."""

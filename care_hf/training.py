@@ -134,7 +134,7 @@ class Trainer:
     def turns(self, specification: Specification):
         """What a gated recipe is solved from."""
         recipe = self.recipe(specification)
-        sites = recipe.sites(self.model), recipe.gate_site(self.model), recipe.scope, recipe.steps
+        sites = recipe.find_sites(self.model), recipe.gate_site(self.model), recipe.scope, recipe.steps
         key = repr(("turns", specification.families, specification.exposure, sites))
         if key not in self._collected:
             prompts, judge = self.prompts(specification), self.data.is_refusal

@@ -18,7 +18,7 @@ from .samples import IGNORED, Sample, Samples, answered, generation_prompt
 from .sites import Site, hidden_size, record
 
 MIN_REFUSED = 16  # of which a mean is taken for an anchor
-RECORDING_FIELDS = ("scope", "layers", "component", "gate_layer", "steps", "batch_size", "seed")
+RECORDING_FIELDS = ("scope", "layers", "component", "sites", "gate_layer", "steps", "batch_size", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class _Recorder:
 
     def __init__(self, model: PreTrainedModel, processor, recipe: Recipe):
         self.model, self.processor, self.recipe = model, processor, recipe
-        self.sites, self.gate_site = recipe.sites(model), recipe.gate_site(model)
+        self.sites, self.gate_site = recipe.find_sites(model), recipe.gate_site(model)
         self.prompt_end = generation_prompt(processor)
         self.done = 0
         self.answers: list[str] = []

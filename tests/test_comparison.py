@@ -52,7 +52,7 @@ def test_every_file_can_be_trained_on_the_testbed(file, testbed):
     assert len(set(told)) == len(told)  # no defence is measured twice
     for specification in plan.defences.values():
         assert set(specification.families) <= set(ATTACKS)
-        for site in specification.full_recipe.sites(model):
+        for site in specification.full_recipe.find_sites(model):
             site_module(model, site)
         if specification.full_recipe.by_turn:
             specification.full_recipe.gate_site(model)

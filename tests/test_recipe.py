@@ -80,9 +80,9 @@ def test_unknown_names_and_fields_are_named(tmp_path):
 
 def test_middle_is_the_papers_pair(testbed):
     model, _ = testbed
-    assert [str(site) for site in Recipe.load("paper").sites(model)] == ["3.ffn", "4.ffn"]
+    assert [str(site) for site in Recipe.load("paper").find_sites(model)] == ["3.ffn", "4.ffn"]
     with pytest.raises(ValueError, match="6 decoder layers"):
-        Recipe(layers=(2, 6)).sites(model)
+        Recipe(layers=(2, 6)).find_sites(model)
 
 
 def test_what_belongs_together_is_accepted():
@@ -97,7 +97,9 @@ def test_what_belongs_together_is_accepted():
 
 def test_the_gate_reads_before_what_asks_it_and_a_repair_of_all_tokens_asks_none(testbed):
     model, _ = testbed
-    assert str(Recipe().gate_site(model)) == "3.residual" and [str(s) for s in Recipe().sites(model)] == ["4.residual"]
+    assert str(Recipe().gate_site(model)) == "3.residual" and [str(s) for s in Recipe().find_sites(model)] == [
+        "4.residual"
+    ]
     assert str(Recipe(gate_layer=4).gate_site(model)) == "4.residual"  # read, then repaired
     assert str(Recipe(gate_layer="two-thirds").gate_site(model)) == "4.residual"
     assert str(Recipe.load("paper").gate_site(model)) == "3.residual"

@@ -1,0 +1,167 @@
+"""Diagnose a model: block, patch, rank, separate, attribute, and keep what was found."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cells import Cells
+from .contrasts import Contrast
+from .diagnosis import Diagnosis, describe, versions
+from .fitting import load_processor
+from .judges import Judge
+from .mediation import mediate, pair_prompts
+from .neurons import NeuronRanking, down_projection, rank_neurons
+from .resume import model_fingerprint
+from .samples import Sample
+from .separability import Separability, measure_separability
+from .suite import Case
+from .token_attribution import attribute
+from .trace_results import LAYER, Trace
+from .tracing import as_cases, find_sites, trace
+
+MIN_PAIRS, FOLDS = 4, 5
+CLASSES = ("malicious", "benign")
+
+
+def diagnose(
+    model: nn.Module,
+    malicious: Sequence[Any],
+    benign: Sequence[Any],
+    processor=None,
+    judge: Judge | None = None,
+    *,
+    components: Sequence[str] = (LAYER, "ffn", "attention"),
+    layers: Sequence[int] | None = None,
+    modes: Sequence[str] = ("mean",),
+    max_pairs: int = 32,
+    top_neurons: int = 20,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    seed: int = 0,
+    out: str | Path | None = None,
+) -> Diagnosis:
+    """Find which layers, components, FFN units and tokens carry what the model does with malicious prompts.
+
+    What cannot be measured (no prompt that it refuses beside one that it complies with about the same request; experts
+    instead of an FFN) is left out, and the artefact says why.
+
+    Args:
+        model: any that transformers loads; stays as it is.
+        malicious: prompts that should be refused: plain ones that are, and jailbreaks; see `tracing.trace`.
+        benign: prompts that should be answered.
+        processor: the model's; by default loaded from where the model came from.
+        judge: of the answers; by default keywords.
+        components: of "layer", "ffn" and "attention".
+        layers: from 0; all, if None.
+        modes: of blocking, see `tracing.trace`.
+        max_pairs: of a refused and a jailbroken prompt, for patching.
+        top_neurons: FFN units that are really ablated, and as many at random.
+        max_new_tokens: of every answer.
+        batch_size: prompts per forward.
+        seed: of whatever is drawn.
+        out: a folder that keeps what is finished; another call goes on from there.
+
+    Raises:
+        TypeError, ValueError: prompts, judge and model do not fit together, mostly before any forward; or the model
+            refuses none or all of the malicious prompts.
+        ImportError: scikit-learn is not installed.
+    """
+    processor = processor or load_processor(model)
+    cases = as_cases(malicious, "malicious"), as_cases(benign, "benign")
+    sites = find_sites(model, components, layers)
+    groups = {name: _groups(items) for name, items in zip(CLASSES, cases, strict=True)}
+    # Two prompts of each class in every fold, and no request in two.
+    folds = min(FOLDS, *(min(len(set(found)), len(found) // 2) for found in groups.values()))
+    kept = Path(out) / "cells" if out else None
+    options = {"components": components, "layers": layers, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    traced = trace(model, processor, *cases, judge, modes=modes, seed=seed, out=kept, **options)
+    refused, complied = (_answered(cases[0], traced, verdict) for verdict in ("refused", "complied"))
+    pairs = [items[:max_pairs] for items in pair_prompts(refused, complied)]
+    left_out = {
+        "mediation": _too_few_pairs(len(pairs[0])),
+        "neurons": _no_units(model, {site.layer for site in sites}),
+        "separability": "" if folds > 1 else "prompts of one request alone; two are needed in each class.",
+    }
+    mediation = None if left_out["mediation"] else mediate(model, processor, *pairs, out=kept, **options)
+    cells, measured = Cells(kept), _key(model, cases, batch_size, seed)
+    neurons = None
+    if not left_out["neurons"]:
+        contrast = Contrast(**{name: tuple(ids) for name, ids in traced.settings["contrast"].items()})
+        rest = {"layers": sorted({site.layer for site in sites}), "top": top_neurons}
+        neurons = cells.get(
+            {**measured, "of": "neurons", "contrast": asdict(contrast), **rest},
+            lambda: _plain(rank_neurons(model, processor, *cases, contrast, batch_size=batch_size, seed=seed, **rest)),
+        )
+        neurons = NeuronRanking.from_dict(neurons["values"], _tensors(neurons["tensors"]))
+    separability = None
+    if not left_out["separability"]:
+        found = cells.get(
+            {**measured, "of": "separability", "sites": [str(site) for site in sites], "groups": groups},
+            lambda: measure_separability(
+                model, processor, *cases, sites=sites, groups=groups, folds=folds, batch_size=batch_size, seed=seed
+            ).to_dict(),
+        )
+        separability = Separability.from_dict(found)
+    shown = {name: items[0] for name, items in (("refused", refused), ("jailbroken", complied)) if items}
+    attributions = {
+        name: attribute(model, processor, case, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        for name, case in shown.items()
+    }
+    settings = {name: len(items) for name, items in zip(CLASSES, cases, strict=True)}
+    settings |= {"pairs": len(pairs[0]), "max_new_tokens": max_new_tokens, "seed": seed, **versions()}
+    return Diagnosis(
+        describe(model),
+        traced,
+        mediation,
+        neurons,
+        separability,
+        attributions,
+        {name: reason for name, reason in left_out.items() if reason},
+        settings,
+    )
+
+
+def _answered(cases: Sequence[Case], traced: Trace, verdict: str) -> list[Case]:
+    return [case for case, said in zip(cases, traced.unblocked.malicious, strict=True) if said == verdict]
+
+
+def _too_few_pairs(count: int) -> str:
+    if count >= MIN_PAIRS:
+        return ""
+    return f"{count} pairs of a refused and a jailbroken prompt with the same request; {MIN_PAIRS} are needed."
+
+
+def _no_units(model: nn.Module, layers: set[int]) -> str:
+    """Why FFN units cannot be ranked; empty if they can."""
+    try:
+        for layer in sorted(layers):
+            down_projection(model, layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _groups(cases: Sequence[Case]) -> list[str]:
+    """What is held out together: prompts of one request; those without one are alone."""
+    return [case.request or f"prompt {index}" for index, case in enumerate(cases)]
+
+
+def _key(model, cases, batch_size: int, seed: int) -> dict[str, Any]:
+    prompts = [[Sample(case.messages).digest for case in items] for items in cases]
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return {"model": model_fingerprint(model), "prompts": digest, "batch": batch_size, "seed": seed}
+
+
+def _plain(ranking: NeuronRanking) -> dict[str, Any]:
+    tensors = {name: tensor.tolist() for name, tensor in ranking.tensors().items()}
+    return {"values": ranking.to_dict(), "tensors": tensors}
+
+
+def _tensors(plain: dict[str, list[float]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(values) for name, values in plain.items()}

@@ -64,6 +64,38 @@ def evaluate(
     console.print(f"Written to {out}: report.md, report.json, answers.json", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def diagnose(
+    out: Annotated[Path, typer.Option(help="Folder for the diagnosis; a run that finds it unfinished goes on.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder of a model; without, the bundled testbed.")] = "",
+    suite: Annotated[
+        list[str], typer.Option(help="Harmful and benign data sets: names of configs/datasets, or files.")
+    ] = (),
+    split: Annotated[str, typer.Option(help="Of the testbed: validation, or test.")] = "validation",
+    n: Annotated[int, typer.Option(min=1, help="At most so many prompts of every set.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn; of the testbed, which checkpoint.")] = 0,
+) -> None:
+    """Find which layers, components, neurons and tokens carry what a model does with harmful requests."""
+    from transformers.utils import logging
+
+    from . import diagnose_job as job
+
+    logging.set_verbosity_error()
+    try:
+        plan = job.prepare(model, list(suite), split, n, max_new_tokens, batch_size, seed)
+    except (OSError, ValueError) as error:
+        console.print(str(error), style="red", highlight=False, soft_wrap=True, markup=False)
+        raise typer.Exit(2) from error
+    console.print(plan.summary, highlight=False, soft_wrap=True)
+    found = plan.run(out)
+    for name, reason in found.left_out.items():
+        console.print(f"No {name}: {reason}", highlight=False, soft_wrap=True)
+    written = "diagnosis.md, diagnosis.json, diagnosis.safetensors, figures"
+    console.print(f"Written to {out}: {written}", highlight=False, soft_wrap=True)
+
+
 def _table(columns: dict) -> Table:
     """One line per measurement and one column per defence, within 80 characters."""
     title = "Percent and 95 % Wilson interval (rounded outwards); greedy decoding, strict judging, test split"

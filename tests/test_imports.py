@@ -42,7 +42,7 @@ ORDER = [
     {"evaluation"},
     {"training", "demo"},
     {"comparison"},
-    {"evaluate_job"},
+    {"evaluate_job", "diagnose_job"},
     {"cli"},
 ]
 REMOTE_CODE = {

@@ -18,7 +18,7 @@ from torch import nn
 from .attacks import frozen
 from .contrasts import Contrast
 from .neuron_runs import Unit, UnitRuns, down_projection
-from .samples import Sample, Samples, load_samples
+from .samples import load_samples
 from .sites import decoder_layers
 
 __all__ = ["NeuronRanking", "VerifiedNeuron", "down_projection", "rank_neurons"]
@@ -148,8 +148,8 @@ def rank_neurons(
     """
     layers = sorted(range(len(decoder_layers(model))) if layers is None else map(int, layers))
     _check(model, layers, benign, contrast, reference, top, batch_size)
-    prompts = _prompts(malicious, "malicious")
-    others = _prompts(benign, "benign") if reference == "mean" else ()
+    prompts = load_samples(malicious, "malicious")
+    others = load_samples(benign, "benign") if reference == "mean" else ()
     run = UnitRuns(model, processor, layers, batch_size)
     with frozen(model):
         references = run.means(others) if others else dict.fromkeys(layers, torch.zeros(()))
@@ -190,14 +190,6 @@ def _check(model, layers, benign, contrast, reference, top, batch_size) -> None:
     known = model.config.get_text_config().vocab_size
     if not all(0 <= token < known for token in (*contrast.refused, *contrast.complied)):
         raise ValueError(f"{contrast} names tokens that {type(model).__name__}, with {known}, does not have.")
-
-
-def _prompts(data, name: str) -> Samples:
-    if isinstance(data, Samples):
-        return data
-    if isinstance(data, Sequence) and not isinstance(data, str) and all(hasattr(item, "messages") for item in data):
-        return load_samples([Sample(item.messages) for item in data], name)
-    return load_samples(data, name)
 
 
 def _choose(estimates: Mapping[int, torch.Tensor], top: int, seed: int) -> dict[Unit, str]:

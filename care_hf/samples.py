@@ -153,6 +153,8 @@ def load_samples(data: Iterable[Any], name: str = "samples") -> Samples:
         ValueError: the set is empty, or an item lacks its text.
         OSError: an image file cannot be read.
     """
+    if isinstance(data, Samples):
+        return data
     if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
         raise TypeError(f"`{name}` is a {type(data).__name__}; expected {ACCEPTED}.")
     samples = Samples(data, name)
@@ -164,6 +166,8 @@ def load_samples(data: Iterable[Any], name: str = "samples") -> Samples:
 def _load_sample(item: Any) -> Sample:
     if isinstance(item, Sample):
         return item
+    if not isinstance(item, Mapping) and hasattr(item, "messages"):  # a case of an evaluation, say
+        return Sample([_load_message(message) for message in item.messages])
     if isinstance(item, Mapping):
         groups = item.get("groups") or ()
         groups = [groups] if isinstance(groups, str) else groups

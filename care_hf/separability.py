@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .samples import Sample, Samples, batches, collate, load_samples
+from .samples import Samples, batches, collate, load_samples
 from .separation import CLASSES, MEASURES, SiteSeparability, given_groups, group_ids, plan_labellings, separate_planned
 from .sites import Site, decoder_layers, record, site_module
 
@@ -132,7 +132,7 @@ def measure_separability(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
     chosen, skipped = _sites(model, sites)
-    samples = {"benign": _load(benign, "benign"), "malicious": _load(malicious, "malicious")}
+    samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     both = set(samples["benign"].digests) & set(samples["malicious"].digests)
     if both:
         raise ValueError(f"{len(both)} prompts are both malicious and benign; leave them out of one of the sets.")
@@ -164,16 +164,6 @@ def _sites(model: nn.Module, sites: Sequence[Site] | None) -> tuple[list[Site], 
         except ValueError as error:
             skipped[str(site)] = str(error)
     return chosen, skipped
-
-
-def _load(data: Iterable[Any], name: str) -> Samples:
-    def converted(item: Any) -> Any:
-        # Evaluation cases and samples of the testbed are no chat conversations, but have one.
-        return Sample(item.messages) if hasattr(item, "messages") and not isinstance(item, Sample) else item
-
-    if isinstance(data, Samples):
-        return data
-    return load_samples([converted(item) for item in data] if isinstance(data, (list, tuple)) else data, name)
 
 
 def _own_groups(samples: Mapping[str, Samples]) -> list[list[int]]:

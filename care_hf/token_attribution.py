@@ -168,7 +168,7 @@ def attribute(
     """
     _check(method, answer, max_new_tokens, batch_size)
     place = _site(model, site, method)
-    sample = _sample(prompt)
+    sample = load_samples([prompt], "prompt")[0]
     batch = collate(processor, [sample], image_token_ids(model.config))
     positions = (batch.visual | batch.text)[0].nonzero()[:, 0]
     visual = batch.visual[0, positions]
@@ -211,11 +211,6 @@ def _site(model: nn.Module, site: Site | str | None, method: str) -> Site | None
     site = Site.parse(site) if isinstance(site, str) else site
     site_module(model, site)  # raises where there is none
     return site
-
-
-def _sample(prompt: Any) -> Sample:
-    messages = getattr(prompt, "messages", None)
-    return load_samples([prompt if messages is None else {"messages": messages}], "prompt")[0]
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class Cells:
             TypeError: key or value is not plain.
         """
         if not self.folder:
+            json.dumps(key, sort_keys=True)  # refuses what a folder would refuse, before the work
             return json.loads(json.dumps(make()))
         path = self._path(key)
         if path.exists():

@@ -94,28 +94,32 @@ def trace(
         layers: from 0; all, if None.
         modes: of blocking.
         contrast: first tokens of refusals and of compliance; by default those of the model's own answers.
-        max_new_tokens: of every answer.
-        batch_size: prompts per forward.
+        max_new_tokens: of every answer, at least 1.
+        batch_size: prompts per forward, at least 1.
         seed: of what "resample" draws.
         out: a folder that keeps what is finished, a batch under a block at a time; another call goes on from there.
         reuse: whether blocks share the undisturbed run (`replay.Replay`); what comes out is the same.
 
     Raises:
-        TypeError, ValueError: prompts, components, layers or modes do not fit, before any forward; or the model refuses
-            none or all of the malicious prompts, so that there is no contrast.
+        TypeError, ValueError: prompts, components, layers, modes or numbers do not fit, before any forward; or the
+            model refuses none or all of the malicious prompts, so that there is no contrast.
     """
+    for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be positive.")
     sites = find_sites(model, components, layers)
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:
         raise ValueError(f"modes={tuple(modes)} must be among {MODES}.")
     tracer = _Tracer(model, processor, as_cases(malicious, "malicious"), as_cases(benign, "benign"), judge)
     tracer.tokens, tracer.batch_size, tracer.seed, tracer.reuse = max_new_tokens, batch_size, seed, reuse
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         return tracer.run(sites, tuple(modes), contrast, Cells(out))
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
 
 
 class _Tracer:
@@ -128,7 +132,7 @@ class _Tracer:
         self.tokens, self.batch_size, self.seed, self.reuse = 32, 16, 0, True
         self.contributions: Contributions | None = None
         self.contrast: Contrast | None = None
-        self._of_model, self._of_benign = model_fingerprint(model), _digest(benign)
+        self._of_model, self._of_benign = _fingerprint(model, processor), _digest(benign)
         for cases in (malicious, benign):  # a judge that lacks something says so now, not after hours
             self.judge.verdicts(cases[:1], [""])
 
@@ -223,8 +227,8 @@ class _Tracer:
     def _replay(self, inputs, which: torch.Tensor, blockers: Sequence[Blocker]) -> Replay | None:
         """The undisturbed run to share; None where the plain way has to do.
 
-        The first one is held against the plain way, without a block and under one, since models may do what no
-        check foresees.
+        The first one is held against the plain way, without a block and under one, and its answers are read at once,
+        since models may do what no check foresees.
         """
         try:
             replay = Replay(self.model, inputs, which, self.tokens)
@@ -232,6 +236,8 @@ class _Tracer:
             return self._give_up(str(reason))
         if self._checked:
             return replay
+        if not replay.agrees():
+            return self._give_up("it reads its answers otherwise at once than one token at a time.")
         some = blockers[len(blockers) // 2 :][:1]
         for blocker, answers in [(None, replay.answers), *((b, tokens) for b, tokens, _ in replay.blocked(some))]:
             expected = generate_blocked(self.model, inputs, blocker, which, self.tokens)[0]
@@ -272,4 +278,26 @@ class _Tracer:
 
 def _digest(cases: Sequence[Case]) -> str:
     """A hash of prompts."""
-    return hashlib.sha256(json.dumps([Sample(case.messages).digest for case in cases]).encode()).hexdigest()
+    # `Sample.digest` has texts and images in an order of their own.
+    order = [[[part["type"] for part in message["content"]] for message in case.messages] for case in cases]
+    told = json.dumps([[Sample(case.messages).digest for case in cases], order])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def _fingerprint(model: nn.Module, processor) -> str:
+    """A hash of what answers depend on beside the prompt: of a repaired model, its repair and whether it is on."""
+    decoding = model.generation_config.to_dict()
+    decoding.pop("transformers_version", None)
+    repairs = getattr(getattr(model, "care_state", None), "enabled", None)
+    template = str(getattr(processor, "chat_template", None))
+    told = [model_fingerprint(model), _of_buffers(model), repairs, template, decoding]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _of_buffers(model: nn.Module) -> str:
+    """A hash of all persistent buffers, in which repairs are."""
+    parameters, digest = dict(model.named_parameters(remove_duplicate=False)), hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name not in parameters and isinstance(value, torch.Tensor) and not value.is_meta:
+            digest.update(name.encode() + value.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

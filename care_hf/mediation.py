@@ -45,7 +45,7 @@ class Effects:
 class Mediation:
     """Total, direct and indirect effects of being refused rather than jailbroken.
 
-    Y is ``log p(refusal) - log p(complying answer)`` of the whole forced texts, nats.
+    Y is ``log p(refusal) - log p(complying answer)``, that the answer begins with the forced text, nats.
 
     Attributes:
         refused: Y of each refused prompt.

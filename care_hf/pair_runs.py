@@ -31,7 +31,8 @@ class PairRuns:
     def __init__(self, model: nn.Module, processor, refused, jailbroken, refusals, complied, sites: Sequence[Site]):
         self.model, self.sites, self.n = model, list(sites), len(refused)
         prompts = [Sample(case.messages) for case in [*refused, *refused, *jailbroken, *jailbroken]]
-        inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2)
+        # Without an end of sequence: answers may have been cut off, and their ends are none.
+        inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2, end=False)
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self.labels = labels.to(model.device)
         self.groups = token_groups(self.inputs, self.labels, image_token_ids(model.config))

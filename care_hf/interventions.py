@@ -80,8 +80,15 @@ def entered_at(model: nn.Module, layer: int, calls: list[tuple[torch.Tensor, Any
     """While entered, a forward computes nothing below `layer`, and enters it with what entered it in `calls`.
 
     For the same inputs, without a cache, and in models whose layers hand on nothing but the residual stream.
+
+    Raises:
+        ValueError: there is no such layer, or `calls` holds no whole forward.
     """
     layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer={layer}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")
+    if len(calls) != len(layers):
+        raise ValueError(f"`calls` holds {len(calls)} of {len(layers)} layers; do a forward in `layer_calls` first.")
 
     def enter(module, args, kwargs):
         entered = calls[layer][0]

@@ -45,7 +45,7 @@ class Effects:
 class Mediation:
     """Total, direct and indirect effects of being refused rather than jailbroken.
 
-    Y is ``log p(refusal) - log p(complying answer)`` of the whole forced texts, nats.
+    Y is ``log p(refusal) - log p(complying answer)``, that the answer begins with the forced text, nats.
 
     Attributes:
         refused: Y of each refused prompt.
@@ -158,7 +158,12 @@ def mediate(
         TypeError, ValueError: prompts, components or layers do not fit, or the numbers of prompts differ; before any
             forward. Later: two prompts of a pair are answered alike, or one with nothing.
     """
-    sites = find_sites(model, components, layers)
+    sites = list(dict.fromkeys(find_sites(model, components, layers)))
+    if not sites:
+        raise ValueError(f"layers={layers} names no layer; give numbers from 0, or None for all.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
     pairs = as_cases(refused, "refused"), as_cases(jailbroken, "jailbroken")
     if len(pairs[0]) != len(pairs[1]):
         raise ValueError(f"There are {len(pairs[0])} refused and {len(pairs[1])} jailbroken prompts; give pairs.")
@@ -174,7 +179,8 @@ def mediate(
 def _mediate(model, processor, refused, jailbroken, sites, max_new_tokens, batch_size, cells) -> Mediation:
     digests = [[Sample(case.messages).digest for case in cases] for cases in (refused, jailbroken)]
     base = {"model": model_fingerprint(model), "prompts": hashlib.sha256(json.dumps(digests).encode()).hexdigest()}
-    base |= {"tokens": max_new_tokens, "batch": batch_size}
+    template = str(getattr(processor, "chat_template", None))
+    base |= {"tokens": max_new_tokens, "batch": batch_size, "template": template}
     answers = [
         cells.get(
             {**base, "answers of": name},

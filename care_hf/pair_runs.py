@@ -31,12 +31,16 @@ class PairRuns:
     def __init__(self, model: nn.Module, processor, refused, jailbroken, refusals, complied, sites: Sequence[Site]):
         self.model, self.sites, self.n = model, list(sites), len(refused)
         prompts = [Sample(case.messages) for case in [*refused, *refused, *jailbroken, *jailbroken]]
-        inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2)
+        # Without an end of sequence: answers may have been cut off, and their ends are none.
+        inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2, end=False)
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self.labels = labels.to(model.device)
         self.groups = token_groups(self.inputs, self.labels, image_token_ids(model.config))
         self._recorded: dict[Site, torch.Tensor] | None = None
+        self._entered: int | None = None  # the layer that `_skips` is about: whether forwards may begin there
+        self._skips = False
 
+    @torch.no_grad()
     def patched(self, site: Site | None) -> dict[str, dict[str, list[float | None]]]:
         """Outcomes of both runs (None), or the effects of patching `site`, by group of tokens."""
         if self._recorded is None:
@@ -44,6 +48,8 @@ class PairRuns:
         refused, jailbroken = self._base
         if site is None:
             return {"": {"refused": refused.tolist(), "jailbroken": jailbroken.tolist()}}
+        if site.layer != self._entered:
+            self._entered, self._skips = site.layer, site.layer > 0 and self._enters(site.layer)
         results = {}
         for group in GROUPS:
             index = counterparts(self.groups[group])
@@ -58,25 +64,36 @@ class PairRuns:
 
     def _record(self) -> None:
         with record(self.model, self.sites) as activations, layer_calls(self.model) as calls:
-            log_p = self._log_probabilities()
-        self._recorded, self._calls, self._base = dict(activations), calls, self._contrast(log_p)
-        # Models may hand more from layer to layer than the stream; then every forward is a whole one.
-        deepest = max(site.layer for site in self.sites)
-        with entered_at(self.model, deepest, self._calls):
-            again = self._log_probabilities()
-        self._skips = bool(((again - log_p).abs() <= TOLERANCE).all())
+            self._log_p = self._log_probabilities()
+        self._recorded, self._calls, self._base = dict(activations), calls, self._contrast(self._log_p)
+
+    def _enters(self, layer: int) -> bool:
+        """Whether a forward that begins at `layer` gives what a whole one gives.
+
+        Layers may hand on more than the stream (a gate's decision, shared keys), which is then missing, or left over
+        from the forward before; so each layer is asked after those before it have been patched.
+        """
+        try:
+            with entered_at(self.model, layer, self._calls):
+                again = self._log_probabilities()
+        except Exception:  # models differ in how they miss it; any other error comes again in a whole forward
+            return False
+        return bool(((again - self._log_p).abs() <= TOLERANCE).all())
 
     def _outcomes(self, site: Site, index: torch.Tensor) -> torch.Tensor:
         """Y of refused and jailbroken runs, float64 (2, n), each patched from the other at some tokens."""
         known = self._recorded[site]
-        # A column more: the mean over the other run's tokens of the group, for tokens without a counterpart.
-        group = (index >= 0)[..., None].to(known)
-        mean = (known * group).sum(dim=1, keepdim=True) / group.sum(dim=1, keepdim=True).clamp_min(1)
-        source = torch.cat([known, mean], dim=1).roll(2 * self.n, dims=0)
+        index = index.to(known.device)  # a part of the model may be on another device
+        group = (index >= 0)[..., None]
+        # A column more: the mean over the other run's tokens of the group, for tokens without a counterpart. Half
+        # precision would not hold the sum.
+        work = known.to(torch.promote_types(known.dtype, torch.float32)).masked_fill(~group, 0)
+        mean = work.sum(dim=1, keepdim=True) / group.sum(dim=1, keepdim=True).clamp_min(1)
+        source = torch.cat([known, mean.to(known)], dim=1).roll(2 * self.n, dims=0)
         chosen = source.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, known.shape[-1]))
 
         def rewrite(output, stream):
-            return torch.where((index >= 0)[..., None], chosen, output)
+            return torch.where(group, chosen, output)
 
         started = entered_at(self.model, site.layer, self._calls) if self._skips else nullcontext()
         with started, rewritten(self.model, site, rewrite):
@@ -86,7 +103,8 @@ class PairRuns:
         """Of the forced texts, float64 (4 n,)."""
         logits = self.model(**self.inputs, use_cache=False).logits[:, :-1]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = F.cross_entropy(logits.mT, self.labels[:, 1:], ignore_index=IGNORED, reduction="none")
+        labels = self.labels[:, 1:].to(logits.device)
+        losses = F.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none")
         return -losses.double().sum(dim=1).cpu()
 
     def _contrast(self, log_p: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,8 @@ from .measuring import (
 )
 from .modeling_care import CareForConditionalGeneration
 from .report import TOXIC, UNIVERSAL
-from .resume import model_fingerprint
+from .resume import answers_fingerprint
 from .samples import Sample
-from .subspace import SafetySubspaces
 from .suite import Case, Suite
 from .teacher_forcing import encode
 
@@ -90,7 +89,7 @@ class Run:
         self._check_one_size()
         texts = {"jailbreak": [suite.affirmation], "toxic": list(suite.corpus)}
         self.universal = {UNIVERSAL + kind: wanted for kind, wanted in texts.items() if wanted and self.made_on}
-        self.of_model = _fingerprint(model, self.processor)
+        self.of_model = answers_fingerprint(model, self.processor)
         self.results: dict[str, dict[str, Any]] = {}
         self.settings: dict[str, dict[str, Any]] = {}
         self.base_tokens: torch.Tensor | None = None
@@ -243,13 +242,3 @@ def _digest(cases: Sequence[Case]) -> str:
         told.append([[part["type"] for part in message["content"]] for message in case.messages])
         digest.update((Sample(case.messages).digest + json.dumps(told)).encode())
     return digest.hexdigest()
-
-
-def _fingerprint(model: nn.Module, processor) -> str:
-    """A hash of all that answers of the model as it was given depend on beside the prompt."""
-    decoding = model.generation_config.to_dict()
-    decoding.pop("transformers_version", None)
-    told = [model_fingerprint(model), str(getattr(processor, "chat_template", None)), decoding]
-    if isinstance(model, CareForConditionalGeneration):  # whose repair is in buffers and in its configuration
-        told.append(SafetySubspaces.from_model(model).digest)
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

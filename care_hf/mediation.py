@@ -5,8 +5,6 @@ one run has at a layer, a component and a group of tokens is put into the other 
 2020, arXiv 2004.12265; Zhang & Nanda 2024, arXiv 2309.16042).
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from .answers import generate_answers
 from .cells import Cells
 from .pair_runs import GROUPS, PairRuns
 from .rates import Mean
-from .resume import model_fingerprint
+from .resume import answers_fingerprint, prompts_fingerprint
 from .samples import Sample, batches
 from .sites import Site
 from .suite import Case
@@ -116,12 +114,22 @@ class Mediation:
 def pair_prompts(refused: Sequence[Case], jailbroken: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Pairs about the same request, where there are some, for `mediate`; each jailbroken prompt is used at most once.
 
-    Cases without a request are paired in order.
+    A partner with as many images is taken before others, and the categories of attack that come first are not used up
+    before the rest. Cases without a request are paired in order.
     """
     waiting: dict[str, list[Case]] = {}
     for case in jailbroken:
         waiting.setdefault(case.request, []).append(case)
-    pairs = [(case, waiting[case.request].pop(0)) for case in refused if waiting.get(case.request)]
+    pairs = []
+    for case in refused:
+        others = waiting.get(case.request)
+        if others:
+            images = len(Sample(case.messages).images)
+            alike = [o for o in others if len(Sample(o.messages).images) == images] or others
+            # Not the same place of every list, which would be the same attack.
+            chosen = alike[len(pairs) % len(alike)] if case.request else alike[0]
+            others.remove(chosen)
+            pairs.append((case, chosen))
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 
@@ -177,10 +185,8 @@ def mediate(
 
 @torch.no_grad()
 def _mediate(model, processor, refused, jailbroken, sites, max_new_tokens, batch_size, cells) -> Mediation:
-    digests = [[Sample(case.messages).digest for case in cases] for cases in (refused, jailbroken)]
-    base = {"model": model_fingerprint(model), "prompts": hashlib.sha256(json.dumps(digests).encode()).hexdigest()}
-    template = str(getattr(processor, "chat_template", None))
-    base |= {"tokens": max_new_tokens, "batch": batch_size, "template": template}
+    base = {"model": answers_fingerprint(model, processor), "prompts": prompts_fingerprint([*refused, *jailbroken])}
+    base |= {"tokens": max_new_tokens, "batch": batch_size}
     answers = [
         cells.get(
             {**base, "answers of": name},

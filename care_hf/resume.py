@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from .samples import Samples
+from .samples import Sample, Samples
 
 SAVE_SECONDS = 300  # how much work a killed process may lose, where it resumes
 
@@ -36,6 +36,35 @@ def model_fingerprint(model: nn.Module) -> str:
             values = parameter.detach().flatten()
             some = values[:: max(1, len(values) // 64)].contiguous()
             digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def answers_fingerprint(model: nn.Module, processor) -> str:
+    """A hash of what answers depend on beside the prompt: model, repair and whether it is on, template, decoding."""
+    config, decoding = model.config.to_dict(), model.generation_config.to_dict()
+    for name in ("transformers_version", "_name_or_path"):
+        config.pop(name, None)
+        decoding.pop(name, None)
+    repairs = getattr(getattr(model, "care_state", None), "enabled", None)
+    template = str(getattr(processor, "chat_template", None))
+    told = [model_fingerprint(model), _of_buffers(model), config, repairs, template, decoding]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def prompts_fingerprint(prompts: Sequence[Any]) -> str:
+    """A hash of prompts (anything with chat `messages`) in their order."""
+    # `Sample.digest` has texts and images in an order of their own.
+    order = [[[part["type"] for part in message["content"]] for message in prompt.messages] for prompt in prompts]
+    told = [[Sample(prompt.messages).digest for prompt in prompts], order]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _of_buffers(model: nn.Module) -> str:
+    """A hash of all persistent buffers, in which repairs are."""
+    parameters, digest = dict(model.named_parameters(remove_duplicate=False)), hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name not in parameters and isinstance(value, torch.Tensor) and not value.is_meta:
+            digest.update(name.encode() + value.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

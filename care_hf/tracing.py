@@ -4,8 +4,6 @@ Attack success falls when the place that carries it is blocked, and also when th
 stand beside it.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +18,7 @@ from .cells import Cells
 from .contrasts import Contrast
 from .judges import Judge, KeywordJudge
 from .replay import NotReplayable, Replay
-from .resume import model_fingerprint
+from .resume import answers_fingerprint, prompts_fingerprint
 from .samples import Sample, batches, collate, load_samples
 from .sites import Site, decoder_layers, site_module
 from .suite import Case
@@ -132,7 +130,7 @@ class _Tracer:
         self.tokens, self.batch_size, self.seed, self.reuse = 32, 16, 0, True
         self.contributions: Contributions | None = None
         self.contrast: Contrast | None = None
-        self._of_model, self._of_benign = _fingerprint(model, processor), _digest(benign)
+        self._of_model, self._of_benign = answers_fingerprint(model, processor), prompts_fingerprint(benign)
         for cases in (malicious, benign):  # a judge that lacks something says so now, not after hours
             self.judge.verdicts(cases[:1], [""])
 
@@ -180,7 +178,7 @@ class _Tracer:
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _key(self, numbers: Sequence[int]) -> dict[str, Any]:
-        prompts = _digest([self.cases[i] for i in numbers])
+        prompts = prompts_fingerprint([self.cases[i] for i in numbers])
         return {"model": self._of_model, "prompts": prompts, "numbers": list(numbers), "tokens": self.tokens}
 
     def _inputs(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
@@ -274,30 +272,3 @@ class _Tracer:
             self.judge.verdicts(self.benign, answers[count:]),
         )
         return Outcome(*verdicts, found["log_odds"], kept, found["divergence"])
-
-
-def _digest(cases: Sequence[Case]) -> str:
-    """A hash of prompts."""
-    # `Sample.digest` has texts and images in an order of their own.
-    order = [[[part["type"] for part in message["content"]] for message in case.messages] for case in cases]
-    told = json.dumps([[Sample(case.messages).digest for case in cases], order])
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _fingerprint(model: nn.Module, processor) -> str:
-    """A hash of what answers depend on beside the prompt: of a repaired model, its repair and whether it is on."""
-    decoding = model.generation_config.to_dict()
-    decoding.pop("transformers_version", None)
-    repairs = getattr(getattr(model, "care_state", None), "enabled", None)
-    template = str(getattr(processor, "chat_template", None))
-    told = [model_fingerprint(model), _of_buffers(model), repairs, template, decoding]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _of_buffers(model: nn.Module) -> str:
-    """A hash of all persistent buffers, in which repairs are."""
-    parameters, digest = dict(model.named_parameters(remove_duplicate=False)), hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name not in parameters and isinstance(value, torch.Tensor) and not value.is_meta:
-            digest.update(name.encode() + value.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

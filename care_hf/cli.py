@@ -85,11 +85,12 @@ def diagnose(
     logging.set_verbosity_error()
     try:
         plan = job.prepare(model, list(suite), split, n, max_new_tokens, batch_size, seed)
+        console.print(plan.summary, highlight=False, soft_wrap=True)
+        # A model that refuses all or nothing is found out when it has answered.
+        found = plan.run(out)
     except (OSError, ValueError) as error:
         console.print(str(error), style="red", highlight=False, soft_wrap=True, markup=False)
         raise typer.Exit(2) from error
-    console.print(plan.summary, highlight=False, soft_wrap=True)
-    found = plan.run(out)
     for name, reason in found.left_out.items():
         console.print(f"No {name}: {reason}", highlight=False, soft_wrap=True)
     written = "diagnosis.md, diagnosis.json, diagnosis.safetensors, figures"

@@ -1,5 +1,6 @@
 """What `care diagnose` does, from names and files to an artefact, its tables and its figures."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from .testbed.suite import load_suite as load_world
 from .testbed.world import REFUSAL, SPLITS
 
 SUFFIXES = (".png", ".svg")
+NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}  # what is imported, and how it is installed
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,7 @@ class Plan:
     @property
     def summary(self) -> str:
         """What will be done, in a line."""
-        return f"{len(self.malicious)} malicious and {len(self.benign)} benign prompts of {self.suite.name}"
+        return _told(self.suite)
 
     def run(self, out: Path) -> Diagnosis:
         """Do it, and write artefact, figures and tables into `out`."""
@@ -61,22 +63,35 @@ def prepare(
     Raises:
         ValueError, OSError: a file, a name or a value does not fit; the message says which.
     """
+    absent = [name for module, name in NEEDED.items() if not importlib.util.find_spec(module)]
+    if absent:
+        raise ValueError(f"A diagnosis needs {absent}; install with `pip install {' '.join(absent)}`.")
     options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
-    if model:
-        if not suite:
-            raise ValueError(f"For the model {model!r} give --suite, harmful and benign data sets.")
-        from transformers import AutoModelForImageTextToText
-
-        asked = load_suite(suite, n)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto").eval()
-        plan = Plan(loaded, load_processor(loaded), asked, WordJudge(), options)
-    else:
+    if not model:
+        if suite:
+            raise ValueError(f"--suite {list(suite)} is for a model that is named; the testbed has prompts of its own.")
         if split not in SPLITS[1:]:
             raise ValueError(f"split={split!r} must be one of {SPLITS[1:]}.")
-        plan = Plan(*load_testbed(seed), load_world(split, n), StrictJudge(REFUSAL), options)
-    if not plan.malicious or not plan.benign:
-        raise ValueError(f"{plan.summary}: both are needed; add a --suite that has the other.")
-    return plan
+        return Plan(*load_testbed(seed), load_world(split, n), StrictJudge(REFUSAL), options)
+    if not suite:
+        raise ValueError(f"For the model {model!r} give --suite, harmful and benign data sets.")
+    asked = load_suite(suite, n)
+    if not all(_counts(asked)):
+        raise ValueError(f"{_told(asked)}: both are needed; add a --suite that has the other.")
+    from transformers import AutoModelForImageTextToText
+
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto").eval()
+    return Plan(loaded, load_processor(loaded), asked, WordJudge(), options)
+
+
+def _counts(suite: Suite) -> tuple[int, int]:
+    """Of malicious and of benign prompts, without reading any."""
+    return len(suite.harmful) + sum(map(len, suite.attacks.values())), sum(map(len, suite.benign.values()))
+
+
+def _told(suite: Suite) -> str:
+    malicious, benign = _counts(suite)
+    return f"{malicious} malicious and {benign} benign prompts of {suite.name}"
 
 
 def draw_all(found: Diagnosis, out: Path) -> list[str]:

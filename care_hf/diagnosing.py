@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from .neurons import NeuronRanking, down_projection, rank_neurons
 from .resume import model_fingerprint
 from .samples import Sample
 from .separability import Separability, measure_separability
+from .separation import given_groups, plan_labellings
+from .sites import Site
 from .suite import Case
 from .token_attribution import attribute
 from .trace_results import LAYER, Trace
@@ -49,7 +51,7 @@ def diagnose(
     """Find which layers, components, FFN units and tokens carry what the model does with malicious prompts.
 
     What cannot be measured (no prompt that it refuses beside one that it complies with about the same request; experts
-    instead of an FFN) is left out, and the artefact says why.
+    instead of an FFN; an answer that is empty) is left out, and the artefact says why.
 
     Args:
         model: any that transformers loads; stays as it is.
@@ -72,45 +74,54 @@ def diagnose(
             refuses none or all of the malicious prompts.
         ImportError: scikit-learn is not installed.
     """
+    counts = {"max_pairs": max_pairs, "top_neurons": top_neurons, "max_new_tokens": max_new_tokens}
+    _check_counts({**counts, "batch_size": batch_size}, seed)
     processor = processor or load_processor(model)
     cases = as_cases(malicious, "malicious"), as_cases(benign, "benign")
+    _check_disjoint(*cases)
     sites = find_sites(model, components, layers)
-    groups = {name: _groups(items) for name, items in zip(CLASSES, cases, strict=True)}
+    groups = {name: _groups(items, name) for name, items in zip(CLASSES, cases, strict=True)}
     # Two prompts of each class in every fold, and no request in two.
     folds = min(FOLDS, *(min(len(set(found)), len(found) // 2) for found in groups.values()))
+    left_out = {
+        "neurons": _no_units(model, sites, top_neurons),
+        "separability": _no_folds(groups, folds, seed),
+    }
     kept = Path(out) / "cells" if out else None
     options = {"components": components, "layers": layers, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     traced = trace(model, processor, *cases, judge, modes=modes, seed=seed, out=kept, **options)
     refused, complied = (_answered(cases[0], traced, verdict) for verdict in ("refused", "complied"))
     pairs = [items[:max_pairs] for items in pair_prompts(refused, complied)]
-    left_out = {
-        "mediation": _too_few_pairs(len(pairs[0])),
-        "neurons": _no_units(model, {site.layer for site in sites}),
-        "separability": "" if folds > 1 else "prompts of one request alone; two are needed in each class.",
-    }
-    mediation = None if left_out["mediation"] else mediate(model, processor, *pairs, out=kept, **options)
+    left_out = {"mediation": _too_few_pairs(len(pairs[0])), **left_out}
     cells, measured = Cells(kept), _key(model, cases, batch_size, seed)
-    neurons = None
-    if not left_out["neurons"]:
+
+    def ranked() -> NeuronRanking:
         contrast = Contrast(**{name: tuple(ids) for name, ids in traced.settings["contrast"].items()})
         rest = {"layers": sorted({site.layer for site in sites}), "top": top_neurons}
-        neurons = cells.get(
+        found = cells.get(
             {**measured, "of": "neurons", "contrast": asdict(contrast), **rest},
             lambda: _plain(rank_neurons(model, processor, *cases, contrast, batch_size=batch_size, seed=seed, **rest)),
         )
-        neurons = NeuronRanking.from_dict(neurons["values"], _tensors(neurons["tensors"]))
-    separability = None
-    if not left_out["separability"]:
+        return NeuronRanking.from_dict(found["values"], _tensors(found["tensors"]))
+
+    def separated() -> Separability:
         found = cells.get(
             {**measured, "of": "separability", "sites": [str(site) for site in sites], "groups": groups},
             lambda: measure_separability(
                 model, processor, *cases, sites=sites, groups=groups, folds=folds, batch_size=batch_size, seed=seed
             ).to_dict(),
         )
-        separability = Separability.from_dict(found)
+        return Separability.from_dict(found)
+
+    mediation = _unless(left_out, "mediation", lambda: mediate(model, processor, *pairs, out=kept, **options))
+    neurons, separability = _unless(left_out, "neurons", ranked), _unless(left_out, "separability", separated)
     shown = {name: items[0] for name, items in (("refused", refused), ("jailbroken", complied)) if items}
     attributions = {
-        name: attribute(model, processor, case, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        name: _unless(
+            left_out,
+            f"attribution of a {name} prompt",
+            lambda case=case: attribute(model, processor, case, max_new_tokens=max_new_tokens, batch_size=batch_size),
+        )
         for name, case in shown.items()
     }
     settings = {name: len(items) for name, items in zip(CLASSES, cases, strict=True)}
@@ -121,7 +132,7 @@ def diagnose(
         mediation,
         neurons,
         separability,
-        attributions,
+        {name: one for name, one in attributions.items() if one},
         {name: reason for name, reason in left_out.items() if reason},
         settings,
     )
@@ -137,19 +148,57 @@ def _too_few_pairs(count: int) -> str:
     return f"{count} pairs of a refused and a jailbroken prompt with the same request; {MIN_PAIRS} are needed."
 
 
-def _no_units(model: nn.Module, layers: set[int]) -> str:
+def _no_units(model: nn.Module, sites: Sequence[Site], top: int) -> str:
     """Why FFN units cannot be ranked; empty if they can."""
+    layers = sorted({site.layer for site in sites})
     try:
-        for layer in sorted(layers):
-            down_projection(model, layer)
+        units = sum(down_projection(model, layer).in_features for layer in layers)
+    except ValueError as error:
+        return str(error)
+    if top > units:
+        raise ValueError(f"top_neurons={top}, but the layers {layers} have {units} units; choose fewer.")
+    return ""
+
+
+def _no_folds(groups: Mapping[str, Sequence[str]], folds: int, seed: int) -> str:
+    """Why the classes cannot be told apart on held-out prompts; empty if they can."""
+    if folds < 2:
+        counts = {name: f"{len(own)} prompts of {len(set(own))} requests" for name, own in groups.items()}
+        return f"{counts}; each class needs 4 prompts of 2 requests."
+    try:
+        plan_labellings(given_groups(groups, [len(groups[name]) for name in reversed(CLASSES)]), folds, 1, 0.0, seed)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _groups(cases: Sequence[Case]) -> list[str]:
+def _unless(left_out: dict[str, str], name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; None if there is a reason against it, or one turns up, which costs nothing else."""
+    if left_out.get(name):
+        return None
+    try:
+        return make()
+    except (ValueError, FloatingPointError) as error:
+        left_out[name] = str(error)
+        return None
+
+
+def _groups(cases: Sequence[Case], name: str) -> list[str]:
     """What is held out together: prompts of one request; those without one are alone."""
-    return [case.request or f"prompt {index}" for index, case in enumerate(cases)]
+    return [case.request or f"{name} prompt {index}" for index, case in enumerate(cases)]
+
+
+def _check_counts(counts: Mapping[str, Any], seed: Any) -> None:
+    for name, value, least in (*((name, value, 1) for name, value in counts.items()), ("seed", seed, 0)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+
+def _check_disjoint(malicious: Sequence[Case], benign: Sequence[Case]) -> None:
+    known = {Sample(case.messages).digest for case in benign}
+    both = [index for index, case in enumerate(malicious) if Sample(case.messages).digest in known]
+    if both:
+        raise ValueError(f"The malicious prompts {both} are benign ones, too; leave them out of one of the sets.")
 
 
 def _key(model, cases, batch_size: int, seed: int) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Recipe:
     def _check_sites(self) -> None:
         if self.sites is None or self.sites == AUTO:
             return
-        if isinstance(self.sites, str) or not self.sites:
+        named = isinstance(self.sites, tuple) and all(isinstance(name, str) for name in self.sites)
+        if not named or not self.sites:
             raise ValueError(f"sites={self.sites!r} must be {AUTO!r}, or places by name, for example ('16.ffn',).")
         for name in self.sites:
             Site.parse(name)
@@ -188,7 +189,7 @@ class Recipe:
         if self.sites == AUTO:
             raise ValueError("sites='auto' takes its sites from a diagnosis; pass `fit(..., diagnosis=...)`.")
         if self.sites is not None:
-            named = tuple(sorted(Site.parse(name) for name in self.sites))
+            named = tuple(sorted({Site.parse(name) for name in self.sites}))
             beyond = [str(site) for site in named if site.layer >= depth]
             if beyond:
                 raise ValueError(f"sites={self.sites}: the model has {depth} decoder layers, so no {beyond}.")

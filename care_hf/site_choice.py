@@ -1,5 +1,6 @@
 """Where to repair, from where refusal reaches the answer."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,13 +29,21 @@ def choose_site(mediation: Mediation, after: Site | None = None) -> Site:
         ValueError: no place runs after the gate, or none has an effect.
     """
     places = [site for site in mediation.effects if after is None or runs_before(after, site)]
-    effects = {site: sum(mediation.indirect(site, group).value for group in CHANGED) for site in _in_order(places)}
-    if not effects or not max(effects.values()) > 0:
+    effects = {site: _effect(mediation, site) for site in _in_order(places)}
+    effects = {site: effect for site, effect in effects.items() if math.isfinite(effect)}
+    if not effects or max(effects.values()) <= 0:
         raise ValueError(
             f"Of the places {[str(site) for site in places]} after the gate at {after} none carries refusal; diagnose "
             "more layers and prompts, or name `sites` yourself."
         )
     return next(site for site, effect in effects.items() if effect >= SHARE * max(effects.values()))
+
+
+def _effect(mediation: Mediation, site: Site) -> float:
+    """Through what a repair changes, of the pairs that have it."""
+    # Means without their intervals, which take long and warn of what is not finite.
+    found = [[value for value in mediation.effects[site][group].indirect if value is not None] for group in CHANGED]
+    return sum(sum(values) / len(values) for values in found if values)
 
 
 def _in_order(sites: Sequence[Site]) -> list[Site]:

@@ -12,7 +12,7 @@ from .baselines import gated_mean_difference, gated_random, mean_difference
 from .defences import CannedRefusal, Defence, FineTuned, Repair, Steered, Undefended
 from .fitting import collect, collect_turns, prompt_scope
 from .preference_steering import train_preference_steering
-from .recipe import Recipe
+from .recipe import AUTO, Recipe
 from .rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
 from .samples import Sample, load_samples
 from .sites import Site
@@ -78,6 +78,8 @@ class Specification:
         unknown = sorted(set(self.changes) - set(known))
         if unknown:
             raise ValueError(f"changes name {unknown}, fields of no recipe; known are {known}.")
+        if self.full_recipe.sites == AUTO:
+            raise ValueError(f"sites={AUTO!r} needs a diagnosis, which a comparison does not have; name the sites.")
         if not self.full_recipe.by_turn and self.kind in ("ungated", "canned refusal"):
             raise ValueError(f"kind={self.kind!r} needs a recipe with a gate, which {self.recipe!r} has not.")
         if self.adaptive and self.kind == "canned refusal":

@@ -101,6 +101,7 @@ budget: {cases: 7, eps: [8, 16], weights: [0.0, 2.0]}
         ("defences: {b: {kind: repair}}\nbudget: {case: 2}", r"some\.yaml: budget .*\['case'\]; known are .*'cases'"),
         ("defences: {b: {kind: repair}}\nbudget: {cases: 0}", r"some\.yaml: budget: cases=0"),
         ("defences: {b: {kind: repair}}\nbudget: {weights: [1.0]}", r"some\.yaml: budget: weights=\(1\.0,\)"),
+        ("defences: {b: {kind: repair, changes: {sites: auto}}}", r"some\.yaml: 'b': sites='auto' needs a diagnosis"),
         ("defences: {b: [}", r"some\.yaml is not YAML: "),
     ],
 )

@@ -1,3 +1,5 @@
+import json
+
 import datasets
 import numpy as np
 import pytest
@@ -8,10 +10,13 @@ from sklearn.covariance import ledoit_wolf
 import care_hf
 from care_hf import fitting, resume
 from care_hf.baselines import mean_difference
+from care_hf.diagnosis import Diagnosis, describe
 from care_hf.fitting import collect
+from care_hf.mediation import Effects, Mediation
 from care_hf.recipe import Recipe
 from care_hf.samples import load_samples
 from care_hf.sites import Site
+from care_hf.testbed.prompts import fit_prompts
 
 PAPER = Recipe.load("paper")
 QUICK = PAPER.replace(layers=(2,), rank=4, keep_text=1.0, keep_visual=1.0, attribution="all")
@@ -168,6 +173,62 @@ def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, mon
     kept.write_bytes(saves[4][1])  # what a process killed after five batches leaves
     assert_same(bases(whole), bases(care_hf.fit(model, *prompts, processor, recipe, resume=kept)))
     assert [done for done, _ in saves[9:]] == [6, 7, 8, 8]
+
+
+def test_sites_by_name_give_what_layers_and_component_give(testbed, prompts):
+    model, processor = testbed
+    named = care_hf.fit(model, *prompts, processor, QUICK.replace(sites=("4.residual", "3.residual")))
+    layers = care_hf.fit(model, *prompts, processor, QUICK.replace(layers=(3, 4), component="residual"))
+    assert {str(site) for site, _ in bases(named)} == {"3.residual", "4.residual"}
+    assert_same(bases(named), bases(layers))
+
+
+def diagnosed(model, **effects):
+    """By site ("at4_ffn") what of two pairs' refusal passes through it."""
+    none = Effects([0.0, 0.0], [0.0, 0.0])
+    made = {
+        Site.parse(name.removeprefix("at").replace("_", ".")): {
+            **dict.fromkeys(("image", "prompt", "generated"), none),
+            "last": Effects([value, value], [0.0, 0.0]),
+        }
+        for name, value in effects.items()
+    }
+    return Diagnosis(describe(model), mediation=Mediation([9.0, 9.0], [0.0, 0.0], made, {}))
+
+
+def test_sites_that_a_diagnosis_chooses_give_the_fit_of_those_named_by_hand(testbed, world, tmp_path):
+    model, processor = testbed
+    data = fit_prompts(world, 24, exposure=False)
+    found = diagnosed(model, at2_residual=10.0, at4_ffn=3.0, at4_residual=9.5, at5_residual=10.0)
+    found.save(tmp_path / "found")
+    auto, recipe = Recipe(sites="auto", rank=2), Recipe(sites=("4.residual",), rank=2)
+    chosen = care_hf.fit(model, **data, processor=processor, recipe=auto, diagnosis=found)
+    by_hand = care_hf.fit(model, **data, processor=processor, recipe=recipe)
+    again = care_hf.fit(model, **data, processor=processor, recipe=auto, diagnosis=tmp_path / "found")
+    assert {str(site) for site, _ in bases(chosen)} == {"4.residual"}
+    assert_same(bases(chosen), bases(by_hand))
+    assert_same(bases(again), bases(by_hand))
+    chosen.save_pretrained(tmp_path / "repaired")
+    loaded = care_hf.CareForConditionalGeneration.from_pretrained(tmp_path / "repaired")
+    assert_same(bases(loaded), bases(by_hand))
+    assert json.loads(loaded.config.origin["recipe"]) == recipe.to_dict()
+
+
+def test_sites_without_a_diagnosis_that_fits_are_refused_before_any_forward(testbed, prompts):
+    model, processor = testbed
+    other = diagnosed(care_hf.load_testbed(1)[0], at5_residual=1.0)
+    handle = model.model.register_forward_pre_hook(lambda *_: pytest.fail("work had begun"))
+    try:
+        for recipe, given, message in [
+            (Recipe(sites="auto"), None, "needs a diagnosis of this model"),
+            (Recipe(sites="auto"), other, "is of another model .*fingerprint"),
+            (Recipe(sites="auto"), diagnosed(model, at2_ffn=1.0), "none carries refusal"),
+            (PAPER.replace(sites="auto"), diagnosed(model, at5_ffn=1.0), "not scope='all'; name the sites"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                care_hf.fit(model, *prompts, processor, recipe, diagnosis=given)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize(

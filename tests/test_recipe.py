@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from care_hf.recipe import RECIPES, Recipe
+from care_hf.sites import Site
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -55,6 +56,15 @@ def test_to_dict_round_trips_through_yaml(tmp_path):
         ({"scope": "all", "basis": "filter", "gate": "none"}, "knows no refused activations"),
         ({"projector": "oblique"}, "belongs to basis='filter'"),
         ({"basis": "pca"}, "basis='pca'"),
+        ({"sites": "4.ffn"}, "sites='4.ffn' must be 'auto', or places by name"),
+        ({"sites": ()}, r"sites=\(\) must be"),
+        ({"sites": 4}, "sites=4 must be"),
+        ({"sites": (4,)}, r"sites=\(4,\) must be"),
+        ({"sites": ("4.ffn", Site(5, "ffn"))}, "must be 'auto', or places by name"),
+        ({"sites": ("4",)}, "component='' is not known"),
+        ({"sites": ("4.layer",)}, "component='layer' is not known"),
+        ({"sites": ("-1.ffn",)}, "'-1.ffn' is not a site"),
+        ({"sites": ("ffn.4",)}, "'ffn.4' is not a site"),
         ({"anchor": "malicious"}, "anchor='malicious'"),
         ({"gate": "mlp"}, "gate='mlp'"),
         ({"gate_layer": "deep"}, "gate_layer='deep'"),
@@ -109,3 +119,29 @@ def test_the_gate_reads_before_what_asks_it_and_a_repair_of_all_tokens_asks_none
     for layer in (6, -1):
         with pytest.raises(ValueError, match=f"gate_layer={layer}: the model has 6"):
             Recipe(gate_layer=layer).gate_site(model)
+
+
+def test_sites_by_name_are_in_place_of_layers_and_component(testbed):
+    model, _ = testbed
+    named = Recipe(sites=["5.ffn", "4.residual", "4.attention", "5.ffn"], layers=(9,), component="ffn")
+    assert [str(site) for site in named.find_sites(model)] == ["4.attention", "4.residual", "5.ffn"]
+    same, by_layer = Recipe(sites=("3.ffn", "4.ffn")), Recipe(layers=(3, 4), component="ffn")
+    assert same.find_sites(model) == by_layer.find_sites(model)
+    with pytest.raises(ValueError, match=r"the model has 6 decoder layers, so no \['6.ffn', '7.residual'\]"):
+        Recipe(sites=("7.residual", "2.ffn", "6.ffn")).find_sites(model)
+    with pytest.raises(ValueError, match=r"sites \['3.ffn'\] run before the gate decides"):
+        Recipe(sites=("3.ffn", "4.ffn")).gate_site(model)
+    assert str(Recipe(sites=("3.residual",)).gate_site(model)) == "3.residual"
+
+
+def test_sites_that_a_diagnosis_chooses_wait_for_it(testbed):
+    model, _ = testbed
+    assert str(Recipe(sites="auto").gate_site(model)) == "3.residual"
+    with pytest.raises(ValueError, match=r"takes its sites from a diagnosis; pass `fit\(..., diagnosis="):
+        Recipe(sites="auto").find_sites(model)
+
+
+@pytest.mark.parametrize("sites", ["auto", ("4.residual", "5.ffn"), None])
+def test_sites_round_trip_through_yaml(tmp_path, sites):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(Recipe(sites=sites).to_dict()))
+    assert Recipe.load(tmp_path / "r.yaml") == Recipe(sites=sites)

@@ -1,7 +1,5 @@
 """Diagnose a model: block, patch, rank, separate, attribute, and keep what was found."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +15,7 @@ from .fitting import load_processor
 from .judges import Judge
 from .mediation import mediate, pair_prompts
 from .neurons import NeuronRanking, down_projection, rank_neurons
-from .resume import model_fingerprint
+from .resume import answers_fingerprint, prompts_fingerprint
 from .samples import Sample
 from .separability import Separability, measure_separability
 from .separation import given_groups, plan_labellings
@@ -93,7 +91,7 @@ def diagnose(
     refused, complied = (_answered(cases[0], traced, verdict) for verdict in ("refused", "complied"))
     pairs = [items[:max_pairs] for items in pair_prompts(refused, complied)]
     left_out = {"mediation": _too_few_pairs(len(pairs[0])), **left_out}
-    cells, measured = Cells(kept), _key(model, cases, batch_size, seed)
+    cells, measured = Cells(kept), _key(model, processor, cases, batch_size, seed)
 
     def ranked() -> NeuronRanking:
         contrast = Contrast(**{name: tuple(ids) for name, ids in traced.settings["contrast"].items()})
@@ -201,10 +199,10 @@ def _check_disjoint(malicious: Sequence[Case], benign: Sequence[Case]) -> None:
         raise ValueError(f"The malicious prompts {both} are benign ones, too; leave them out of one of the sets.")
 
 
-def _key(model, cases, batch_size: int, seed: int) -> dict[str, Any]:
-    prompts = [[Sample(case.messages).digest for case in items] for items in cases]
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return {"model": model_fingerprint(model), "prompts": digest, "batch": batch_size, "seed": seed}
+def _key(model, processor, cases, batch_size: int, seed: int) -> dict[str, Any]:
+    prompts = [prompts_fingerprint(items) for items in cases]
+    told = answers_fingerprint(model, processor)
+    return {"model": told, "prompts": prompts, "batch": batch_size, "seed": seed}
 
 
 def _plain(ranking: NeuronRanking) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 
@@ -14,6 +15,7 @@ VISIBLE = 0.05  # of full strength; what is weaker gets no mark of its sign, for
 COLUMNS = 48  # characters in a line of the figure's text
 FORMATS = (".png", ".svg")
 CHARACTER, LINE = 0.0835, 0.2  # inches, of the font at 10 points
+TITLE_WIDTH = 0.08  # inches of a character of the title, at most on average
 
 
 def colour(strength: float) -> np.ndarray:
@@ -60,7 +62,8 @@ def draw(attribution, path: str | Path) -> None:
     left = margin + images * (side + margin)
     _draw_text(axes(left, 0.5, text_width, text_height), lines)
     _draw_scale(axes(left, 0.5 + text_height + 0.25, 2.4, 0.14), attribution)
-    figure.text(margin / width, 1 - 0.25 / height, _title(attribution), fontsize=9, va="center", parse_math=False)
+    title = fill(_title(attribution), int((width - 2 * margin) / TITLE_WIDTH))
+    figure.text(margin / width, 1 - 0.25 / height, title, fontsize=9, va="center", parse_math=False)
     with rc_context({"svg.fonttype": "none", "hatch.linewidth": 0.6}):
         figure.savefig(path, dpi=150)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .separability import Separability, measure_separability
 from .separation import given_groups, plan_labellings
 from .sites import Site
 from .suite import Case
-from .token_attribution import attribute
+from .token_attribution import TokenAttribution, attribute
 from .trace_results import LAYER, Trace
 from .tracing import as_cases, find_sites, trace
 
@@ -81,59 +82,81 @@ def diagnose(
     groups = {name: _groups(items, name) for name, items in zip(CLASSES, cases, strict=True)}
     # Two prompts of each class in every fold, and no request in two.
     folds = min(FOLDS, *(min(len(set(found)), len(found) // 2) for found in groups.values()))
-    left_out = {
-        "neurons": _no_units(model, sites, top_neurons),
-        "separability": _no_folds(groups, folds, seed),
-    }
+    left_out = {"neurons": _no_units(model, sites, top_neurons), "separability": _no_folds(groups, folds, seed)}
     kept = Path(out) / "cells" if out else None
     options = {"components": components, "layers": layers, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
     traced = trace(model, processor, *cases, judge, modes=modes, seed=seed, out=kept, **options)
     refused, complied = (_answered(cases[0], traced, verdict) for verdict in ("refused", "complied"))
     pairs = [items[:max_pairs] for items in pair_prompts(refused, complied)]
     left_out = {"mediation": _too_few_pairs(len(pairs[0])), **left_out}
-    cells, measured = Cells(kept), _key(model, processor, cases, batch_size, seed)
-
-    def ranked() -> NeuronRanking:
-        contrast = Contrast(**{name: tuple(ids) for name, ids in traced.settings["contrast"].items()})
-        rest = {"layers": sorted({site.layer for site in sites}), "top": top_neurons}
-        found = cells.get(
-            {**measured, "of": "neurons", "contrast": asdict(contrast), **rest},
-            lambda: _plain(rank_neurons(model, processor, *cases, contrast, batch_size=batch_size, seed=seed, **rest)),
-        )
-        return NeuronRanking.from_dict(found["values"], _tensors(found["tensors"]))
-
-    def separated() -> Separability:
-        found = cells.get(
-            {**measured, "of": "separability", "sites": [str(site) for site in sites], "groups": groups},
-            lambda: measure_separability(
-                model, processor, *cases, sites=sites, groups=groups, folds=folds, batch_size=batch_size, seed=seed
-            ).to_dict(),
-        )
-        return Separability.from_dict(found)
-
-    mediation = _unless(left_out, "mediation", lambda: mediate(model, processor, *pairs, out=kept, **options))
-    neurons, separability = _unless(left_out, "neurons", ranked), _unless(left_out, "separability", separated)
-    shown = {name: items[0] for name, items in (("refused", refused), ("jailbroken", complied)) if items}
-    attributions = {
-        name: _unless(
-            left_out,
-            f"attribution of a {name} prompt",
-            lambda case=case: attribute(model, processor, case, max_new_tokens=max_new_tokens, batch_size=batch_size),
-        )
-        for name, case in shown.items()
+    measuring = _Measuring(model, processor, cases, sites, batch_size, seed, Cells(kept))
+    made = {
+        "mediation": lambda: mediate(model, processor, *pairs, out=kept, **options),
+        "neurons": lambda: measuring.neurons(traced.settings["contrast"], top_neurons),
+        "separability": lambda: measuring.separability(groups, folds),
     }
+    parts = {name: _unless(left_out, name, make) for name, make in made.items()}
+    attributions = {}
+    for name, items in (("refused", refused), ("jailbroken", complied)):
+        if items:
+            told = f"attribution of a {name} prompt"
+            attributions[name] = _unless(left_out, told, partial(measuring.attribution, items[0], max_new_tokens))
     settings = {name: len(items) for name, items in zip(CLASSES, cases, strict=True)}
     settings |= {"pairs": len(pairs[0]), "max_new_tokens": max_new_tokens, "seed": seed, **versions()}
     return Diagnosis(
         describe(model),
         traced,
-        mediation,
-        neurons,
-        separability,
-        {name: one for name, one in attributions.items() if one},
-        {name: reason for name, reason in left_out.items() if reason},
-        settings,
+        **parts,
+        attributions={name: one for name, one in attributions.items() if one},
+        left_out={name: reason for name, reason in left_out.items() if reason},
+        settings=settings,
     )
+
+
+class _Measuring:
+    """What is measured on all prompts at once, each kept in a cell."""
+
+    def __init__(self, model, processor, cases, sites: Sequence[Site], batch_size: int, seed: int, cells: Cells):
+        self.model, self.processor, self.cases, self.sites = model, processor, cases, sites
+        self.batch_size, self.seed, self._kept = batch_size, seed, cells
+        prompts = [prompts_fingerprint(items) for items in cases]
+        told = answers_fingerprint(model, processor)
+        self._key = {"model": told, "prompts": prompts, "batch": batch_size, "seed": seed}
+
+    def neurons(self, contrast: Mapping[str, Sequence[int]], top: int) -> NeuronRanking:
+        """The effects of FFN units on the log-odds of refusal."""
+        told = Contrast(**{name: tuple(ids) for name, ids in contrast.items()})
+        options = {"layers": sorted({site.layer for site in self.sites}), "top": top}
+
+        def rank() -> dict[str, Any]:
+            found = rank_neurons(*self._prompts, told, batch_size=self.batch_size, seed=self.seed, **options)
+            tensors = {name: tensor.tolist() for name, tensor in found.tensors().items()}
+            return {"values": found.to_dict(), "tensors": tensors}
+
+        found = self._kept.get({**self._key, "of": "neurons", "contrast": asdict(told), **options}, rank)
+        return NeuronRanking.from_dict(found["values"], {n: torch.tensor(v) for n, v in found["tensors"].items()})
+
+    def separability(self, groups: Mapping[str, Sequence[str]], folds: int) -> Separability:
+        """How far the classes lie apart."""
+        options = {"groups": groups, "folds": folds}
+
+        def measure() -> dict[str, Any]:
+            rest = {"sites": self.sites, "batch_size": self.batch_size, "seed": self.seed}
+            return measure_separability(*self._prompts, **rest, **options).to_dict()
+
+        sites = [str(site) for site in self.sites]
+        return Separability.from_dict(
+            self._kept.get({**self._key, "of": "separability", "sites": sites, **options}, measure)
+        )
+
+    def attribution(self, case: Case, max_new_tokens: int) -> TokenAttribution:
+        """What the answer to one prompt hangs on."""
+        options = {"max_new_tokens": max_new_tokens, "batch_size": self.batch_size}
+        return attribute(self.model, self.processor, case, **options)
+
+    @property
+    def _prompts(self) -> tuple:
+        return self.model, self.processor, *self.cases
 
 
 def _answered(cases: Sequence[Case], traced: Trace, verdict: str) -> list[Case]:
@@ -197,18 +220,3 @@ def _check_disjoint(malicious: Sequence[Case], benign: Sequence[Case]) -> None:
     both = [index for index, case in enumerate(malicious) if Sample(case.messages).digest in known]
     if both:
         raise ValueError(f"The malicious prompts {both} are benign ones, too; leave them out of one of the sets.")
-
-
-def _key(model, processor, cases, batch_size: int, seed: int) -> dict[str, Any]:
-    prompts = [prompts_fingerprint(items) for items in cases]
-    told = answers_fingerprint(model, processor)
-    return {"model": told, "prompts": prompts, "batch": batch_size, "seed": seed}
-
-
-def _plain(ranking: NeuronRanking) -> dict[str, Any]:
-    tensors = {name: tensor.tolist() for name, tensor in ranking.tensors().items()}
-    return {"values": ranking.to_dict(), "tensors": tensors}
-
-
-def _tensors(plain: dict[str, list[float]]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(values) for name, values in plain.items()}

@@ -17,7 +17,7 @@ from care_hf.diagnosing import diagnose
 from care_hf.diagnosis import TENSORS, VALUES, Diagnosis, describe
 from care_hf.image_grids import ImageGrid
 from care_hf.judges import StrictJudge
-from care_hf.mediation import Effects, Mediation, mediate
+from care_hf.mediation import Effects, Mediation, mediate, pair_prompts
 from care_hf.neuron_runs import UnitRuns
 from care_hf.neurons import NeuronRanking, VerifiedNeuron, rank_neurons
 from care_hf.pair_runs import GROUPS, PairRuns
@@ -446,15 +446,9 @@ def test_the_parts_are_what_the_single_functions_give(testbed, prompts, found):
         verdict: [c for c, v in zip(malicious, traced.unblocked.malicious, strict=True) if v == verdict]
         for verdict in ("refused", "complied")
     }
-    # Pairs: each refused prompt, in order, with the first jailbroken one of its request that is still free.
-    free, pairs = list(by_verdict["complied"]), []
-    for case in by_verdict["refused"]:
-        other = next((c for c in free if c.request == case.request), None)
-        if other is not None:
-            free.remove(other)
-            pairs.append((case, other))
-    assert len(pairs) >= 4
-    patched = mediate(model, processor, *map(list, zip(*pairs, strict=True)), **ONE_PASS)
+    pairs = pair_prompts(*by_verdict.values())
+    assert len(pairs[0]) >= 4
+    patched = mediate(model, processor, *pairs, **ONE_PASS)
     assert found.mediation.to_dict() == in_json(patched.to_dict())
     contrast = Contrast(*(tuple(found.trace.settings["contrast"][name]) for name in ("refused", "complied")))
     ranked = rank_neurons(model, processor, malicious, benign, contrast, layers=[3, 4], top=3)
@@ -472,7 +466,7 @@ def test_the_parts_are_what_the_single_functions_give(testbed, prompts, found):
         assert found.attributions[name].tokens == alone.tokens and found.attributions[name].answer == alone.answer
         torch.testing.assert_close(found.attributions[name].scores, alone.scores, atol=1e-4, rtol=1e-4)
     assert found.attributions["refused"].answer == REFUSAL != found.attributions["jailbroken"].answer
-    assert found.settings["malicious"] == 16 and found.settings["pairs"] == len(pairs)
+    assert found.settings["malicious"] == 16 and found.settings["pairs"] == len(pairs[0])
     found.check_model(model)
     assert not model.training
 

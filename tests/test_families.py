@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tiny import qwen_config
+from transformers import AutoModel, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
 
 from care_hf import CareForConditionalGeneration, SafetySubspaces
 from care_hf.projection import repair
@@ -14,31 +15,7 @@ IMAGE, START, END = 90, 91, 92
 @pytest.fixture(scope="module")
 def qwen():
     torch.manual_seed(0)
-    text = {
-        "vocab_size": 99,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    vision = {
-        "depth": 5,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "out_hidden_size": 64,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
-    tokens = {"image_token_id": IMAGE, "video_token_id": 93, "vision_start_token_id": START, "vision_end_token_id": END}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    config = qwen_config(99, IMAGE, 93, START, END, depth=5)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 

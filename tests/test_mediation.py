@@ -14,6 +14,7 @@ from conftest import random_subspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny import qwen_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +23,6 @@ from transformers import (
     Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -95,32 +95,7 @@ def qwen(_untrained):
     images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096})
     template = CHAT_TEMPLATE.replace("<image>", "<image>-")  # it tells images apart by what is between them
     processor = ImageProcessor(image_processor=images, tokenizer=tokenizer, chat_template=template)
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "out_hidden_size": 64,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    }
-    tokens = {"image_token_id": IMAGE, "video_token_id": 3, "vision_start_token_id": 5, "vision_end_token_id": 6}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    config = qwen_config(len(tokenizer), IMAGE, 3, 5, 6, spread=0.2)
     return Qwen2_5_VLForConditionalGeneration(config).eval().double(), processor
 
 
@@ -974,6 +949,16 @@ def test_as_many_pairs_as_there_can_be_each_prompt_once(one, other):
     assert Counter(c.request for c in first) == Counter(one) & Counter(other)
     assert len({id(c) for c in first}) == len({id(c) for c in second}) == len(first)
     for request in ("", "a", "b"):  # in order
-        for mine, all_of in ((first, refused), (second, jailbroken)):
+        for mine, all_of in ((first, refused), (second, jailbroken))[: 1 if request else 2]:
             having = [c for c in mine if c.request == request]
             assert having == [c for c in all_of if c.request == request][: len(having)]
+
+
+def test_partners_have_as_many_images_and_are_not_all_of_the_first_attack():
+    refused = [case("how ?", request="a"), case("how ?", noise(0), request="a"), case("how ?", request="b")]
+    attacks = [[case(name, *images, request=r) for r in "ab"] for name, images in (("x", ()), ("y", ()))]
+    pictured = case("z", noise(1), request="a")
+    second = pair_prompts(refused, [*attacks[0], *attacks[1], pictured])[1]
+    assert second == [attacks[0][0], pictured, attacks[0][1]]
+    second = pair_prompts([refused[0], refused[2]], [*attacks[0], *attacks[1], pictured])[1]
+    assert second == [attacks[0][0], attacks[1][1]]

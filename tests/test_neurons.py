@@ -10,13 +10,13 @@ from conftest import random_subspace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tiny import qwen_config
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     OPTConfig,
     OPTForCausalLM,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -318,12 +318,7 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 def test_images_of_patches_are_copied_with_their_prompts():
     """In Qwen2.5-VL pixel values have a row per patch, not per prompt."""
     torch.manual_seed(0)
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
-    text = SMALL | TOKENS | {"intermediate_size": 48, "num_key_value_heads": 2, "rope_parameters": rope}
-    vision = {"depth": 5, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4}
-    vision |= {"spatial_merge_size": 2, "out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]}
-    ids = {"image_token_id": 90, "video_token_id": 93, "vision_start_token_id": 91, "vision_end_token_id": 92}
-    qwen = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)).eval()
+    qwen = Qwen2_5_VLForConditionalGeneration(qwen_config(99, 90, 93, 91, 92, depth=5)).eval()
     with torch.no_grad():  # so that effects are far above rounding
         for parameter in qwen.model.parameters():
             parameter.mul_(4)

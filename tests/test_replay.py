@@ -4,6 +4,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import random_subspace
+from tiny import qwen_config
 from torch.nn import functional as F
 from transformers import (
     Gemma2Config,
@@ -24,7 +25,6 @@ from transformers import (
     OPTForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -59,25 +59,6 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-QWEN = {
-    "text_config": {
-        **GROUPED,
-        "hidden_size": 64,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-    },
-    "vision_config": {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 4,
-        "spatial_merge_size": 2,
-        "out_hidden_size": 64,
-        "window_size": 16,
-        "fullatt_block_indexes": [1],
-    },
-    **{"image_token_id": 90, "video_token_id": 93, "vision_start_token_id": 91, "vision_end_token_id": 92},
-}
 
 
 def randomised(model, scale=0.25, seed=3):
@@ -109,7 +90,7 @@ def qwen_inputs():
 
 
 def qwen():
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**QWEN))
+    return Qwen2_5_VLForConditionalGeneration(qwen_config(99, 90, 93, 91, 92, **ENDS))
 
 
 FAMILIES = {

@@ -21,7 +21,7 @@ class Contrast:
         if not self.refused or not self.complied:
             raise ValueError(
                 f"refused={self.refused} and complied={self.complied} must each hold a first token; give malicious "
-                "prompts of which the model refuses some and complies with some, so that both can be seen."
+                "prompts of which the model refuses some and complies with some, in other words, or pass `contrast=`."
             )
         if set(self.refused) & set(self.complied):
             raise ValueError(
@@ -30,17 +30,21 @@ class Contrast:
             )
 
     @classmethod
-    def of_answers(cls, tokenizer, answers: Sequence[str], verdicts: Sequence[str]) -> "Contrast":
-        """Learn the tokens from answers and what a judge says of them ("refused" or "complied"; others do not count).
+    def of_first_tokens(cls, tokens: Sequence[int], verdicts: Sequence[str]) -> "Contrast":
+        """Learn them from how answers began and what a judge says of those.
 
-        A token that begins both kinds of answers is left out.
+        A token that begins answers of both kinds is left out; answers that neither refuse nor comply do not count.
+
+        Args:
+            tokens: the first token that was generated, of each answer.
+            verdicts: beside them.
 
         Raises:
             ValueError: no token is left on one of the sides.
         """
         first: dict[str, set[int]] = {"refused": set(), "complied": set(), "other": set()}
-        for answer, verdict in zip(answers, verdicts, strict=True):
-            first[verdict].update(tokenizer(answer, add_special_tokens=False)["input_ids"][:1])
+        for token, verdict in zip(tokens, verdicts, strict=True):
+            first[verdict].add(token)
         both = first["refused"] & first["complied"]
         return cls(*(tuple(sorted(first[name] - both)) for name in ("refused", "complied")))
 

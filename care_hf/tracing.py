@@ -128,7 +128,8 @@ class _Tracer:
         self.malicious, self.benign = malicious, benign
         self.cases = [*malicious, *benign]
         self.tokens, self.batch_size, self.seed, self.reuse = 32, 16, 0, True
-        self.contributions: Contributions | None = None
+        self.sites: Sequence[Site] = ()
+        self._contributions: Contributions | None = None
         self.contrast: Contrast | None = None
         self._of_model, self._of_benign = answers_fingerprint(model, processor), prompts_fingerprint(benign)
         for cases in (malicious, benign):  # a judge that lacks something says so now, not after hours
@@ -136,10 +137,7 @@ class _Tracer:
 
     def run(self, sites: Sequence[Site], modes: Sequence[str], contrast: Contrast | None, cells: Cells) -> Trace:
         """Trace."""
-        self.contrast = contrast or self._learn_contrast(cells)
-        if set(modes) != {"zero"}:
-            of = self.benign, sites, self.batch_size, self.seed
-            self.contributions = collect_contributions(self.model, self.processor, *of)
+        self.sites, self.contrast = sites, contrast or self._learn_contrast(cells)
         blocks: list[Block] = [None, *((mode, site) for mode in modes for site in sites)]
         found: dict[Block, dict[str, list]] = {block: {} for block in blocks}
         parts = list(batches(range(len(self.cases)), self.batch_size))
@@ -165,14 +163,18 @@ class _Tracer:
     def _learn_contrast(self, cells: Cells) -> Contrast:
         """From the answers to the malicious prompts."""
         answers: list[str] = []
+        first: list[int] = []
         for part in batches(range(len(self.malicious)), self.batch_size):
-            answers += cells.get({**self._key(part), "of": "answers"}, lambda part=part: self._decoded(self._run(part)))
-        return Contrast.of_answers(self.processor.tokenizer, answers, self.judge.verdicts(self.malicious, answers))
+            found = cells.get({**self._key(part), "of": "answers"}, lambda part=part: self._begun(part))
+            answers += found["answers"]
+            first += found["first"]
+        return Contrast.of_first_tokens(first, self.judge.verdicts(self.malicious, answers))
 
-    def _run(self, numbers: Sequence[int], blocker: Blocker | None = None) -> torch.Tensor:
-        """Answers the plain way."""
+    def _begun(self, numbers: Sequence[int]) -> dict[str, list]:
+        """Answers without a block, and the first token of each."""
         which = torch.tensor(list(numbers))
-        return generate_blocked(self.model, self._inputs(numbers), blocker, which, self.tokens)[0]
+        tokens = generate_blocked(self.model, self._inputs(numbers), None, which, self.tokens)[0]
+        return {"answers": self._decoded(tokens), "first": tokens[:, 0].tolist()}
 
     def _decoded(self, tokens: torch.Tensor) -> list[str]:
         return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
@@ -207,7 +209,7 @@ class _Tracer:
             return
         which = torch.tensor(numbers)
         inputs = self._inputs(numbers)
-        blockers = [Blocker(site, mode, self.contributions, self.seed) for mode, site in filter(None, blocks)]
+        blockers = [self._blocker(mode, site) for mode, site in filter(None, blocks)]
         replay = self._replay(inputs, which, blockers) if self.reuse else None
         plain = generate_blocked(self.model, inputs, None, which, self.tokens) if replay is None else None
         answers, first = plain or (replay.answers, replay.first)
@@ -221,6 +223,12 @@ class _Tracer:
         )
         for blocker, tokens, logits in results:
             yield (blocker.mode, blocker.site), self._result(numbers, tokens, logits, unblocked)
+
+    def _blocker(self, mode: str, site: Site) -> Blocker:
+        if mode != "zero" and self._contributions is None:  # not read where all is kept
+            of = self.benign, self.sites, self.batch_size, self.seed
+            self._contributions = collect_contributions(self.model, self.processor, *of)
+        return Blocker(site, mode, self._contributions, self.seed)
 
     def _replay(self, inputs, which: torch.Tensor, blockers: Sequence[Blocker]) -> Replay | None:
         """The undisturbed run to share; None where the plain way has to do.

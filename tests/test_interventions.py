@@ -224,22 +224,14 @@ def test_a_contrast_needs_tokens_on_both_sides_that_differ():
         Contrast((1, 2), (2, 3))
 
 
-def test_tokens_are_learnt_from_how_answers_begin(processor):
-    tokenizer = processor.tokenizer
-
-    def first(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"][0]
-
-    answers = ["i cannot help", "count apples", "two apples", "apple", "two"]
-    verdicts = ["refused", "complied", "complied", "other", "refused"]
-    found = Contrast.of_answers(tokenizer, answers, verdicts)
-    assert found == Contrast((first("i"),), (first("count"),))  # "two" begins both, "apple" neither
-    with pytest.raises(ValueError, match="must each hold"):
-        Contrast.of_answers(tokenizer, answers[:1], verdicts[:1])
-    with pytest.raises(ValueError, match="must each hold"):
-        Contrast.of_answers(tokenizer, ["two", "two"], ["refused", "complied"])
+def test_tokens_are_learnt_from_how_answers_begin():
+    tokens, verdicts = [7, 3, 5, 9, 5, 7], ["refused", "complied", "complied", "other", "refused", "refused"]
+    assert Contrast.of_first_tokens(tokens, verdicts) == Contrast((7,), (3,))  # 5 begins both, 9 neither
+    for few in ((tokens[:1], verdicts[:1]), ([5, 5], ["refused", "complied"])):
+        with pytest.raises(ValueError, match=r"must each hold.*pass `contrast=`"):
+            Contrast.of_first_tokens(*few)
     with pytest.raises(ValueError):
-        Contrast.of_answers(tokenizer, answers, verdicts[:2])
+        Contrast.of_first_tokens(tokens, verdicts[:2])
 
 
 # Contributions of benign prompts

@@ -73,6 +73,7 @@ def diagnose(
     ] = (),
     split: Annotated[str, typer.Option(help="Of the testbed: validation, or test.")] = "validation",
     n: Annotated[int, typer.Option(min=1, help="At most so many prompts of every set.")] = 16,
+    layer: Annotated[list[int], typer.Option(help="Decoder layers to look at, from 0; all unless named.")] = (),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 16,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of what is drawn; of the testbed, which checkpoint.")] = 0,
@@ -84,7 +85,7 @@ def diagnose(
 
     logging.set_verbosity_error()
     try:
-        plan = job.prepare(model, list(suite), split, n, max_new_tokens, batch_size, seed)
+        plan = job.prepare(model, list(suite), split, n, list(layer), max_new_tokens, batch_size, seed)
         console.print(plan.summary, highlight=False, soft_wrap=True)
         # A model that refuses all or nothing is found out when it has answered.
         found = plan.run(out)

@@ -56,7 +56,14 @@ class Plan:
 
 
 def prepare(
-    model: str, suite: Sequence[str], split: str, n: int, max_new_tokens: int, batch_size: int, seed: int
+    model: str,
+    suite: Sequence[str],
+    split: str,
+    n: int,
+    layers: list[int],
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
 ) -> Plan:
     """Load everything.
 
@@ -66,7 +73,7 @@ def prepare(
     absent = [name for module, name in NEEDED.items() if not importlib.util.find_spec(module)]
     if absent:
         raise ValueError(f"A diagnosis needs {absent}; install with `pip install {' '.join(absent)}`.")
-    options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
+    options = {"layers": layers or None, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed}
     if not model:
         if suite:
             raise ValueError(f"--suite {list(suite)} is for a model that is named; the testbed has prompts of its own.")

@@ -160,3 +160,9 @@ def test_help_shows_it():
     text = run("--help").output
     for option in ("--out", "--suite", "--split", "--max-new-tokens", "--batch-size", "--seed"):
         assert option in text
+
+
+def test_a_layer_that_is_not_there_is_told(tmp_path):
+    result = run("--out", tmp_path, "--n", "2", "--layer", "3", "--layer", "9")
+    assert result.exit_code == 2 and "9" in result.output and "0 to 5" in result.output
+    assert "Traceback" not in result.output

@@ -50,3 +50,10 @@ def next_token_log_probabilities(model, processor, samples: Sequence, batch_size
         inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
         found.append(model(**inputs, use_cache=False).logits[:, -1].float().log_softmax(dim=-1).cpu())
     return torch.cat(found)
+
+
+def relative_entropy(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """``KL(base || other)`` in nats, float64 (n,), of log-probabilities (n, vocabulary)."""
+    terms = base.double().exp() * (base.double() - other.double())
+    # A token that is impossible under both adds nothing.
+    return terms.nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=-1)

@@ -1,6 +1,5 @@
 """The console; the only module that prints."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ from rich.table import Table
 
 app = typer.Typer(help="Diagnose and repair unsafe channels in vision-language models.", no_args_is_help=True)
 console = Console()
+NARROW = str.maketrans("", "", "()")  # leaves an interval without its brackets
 
 
 @app.callback()
@@ -107,11 +107,5 @@ def _table(columns: dict) -> Table:
     for name in columns:
         table.add_column(name, justify="right", max_width=10)
     for row, rate in next(iter(columns.values())).items():
-        table.add_row(row, str(rate.n), *(_percent(column[row]) for column in columns.values()))
+        table.add_row(row, str(rate.n), *(column[row].percent.translate(NARROW) for column in columns.values()))
     return table
-
-
-def _percent(rate) -> str:
-    low, high = rate.interval
-    # 1e-9: an end that is 0 or 1 but for rounding stays so.
-    return f"{100 * rate.value:.0f} {math.floor(100 * low + 1e-9)}-{math.ceil(100 * high - 1e-9)}"

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .adaptive import repair_penalty
-from .answers import generate_answers, next_token_log_probabilities
+from .answers import generate_answers, next_token_log_probabilities, relative_entropy
 from .attacks import pgd
 from .patches import with_image
 from .samples import Sample
@@ -26,9 +26,7 @@ ROUNDS = 5  # of answers to one batch, for latency
 
 def divergence(base: torch.Tensor, defended: torch.Tensor) -> float:
     """Mean over prompts of KL(base || defended) of the next token, in nats, from log-probabilities (n, vocabulary)."""
-    terms = base.double().exp() * (base.double() - defended.double())
-    # A token that is impossible under both adds nothing.
-    return terms.nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=-1).mean().item()
+    return relative_entropy(base, defended).mean().item()
 
 
 def next_tokens(model: nn.Module, processor, cases: Sequence[Case], batch_size: int) -> torch.Tensor | None:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from .answers import generate_answers
 from .cells import Cells
+from .interventions import evaluating
 from .pair_runs import GROUPS, PairRuns
 from .rates import Mean
 from .resume import answers_fingerprint, prompts_fingerprint
@@ -175,12 +176,8 @@ def mediate(
     pairs = as_cases(refused, "refused"), as_cases(jailbroken, "jailbroken")
     if len(pairs[0]) != len(pairs[1]):
         raise ValueError(f"There are {len(pairs[0])} refused and {len(pairs[1])} jailbroken prompts; give pairs.")
-    cells, was_training = Cells(out), model.training
-    model.eval()
-    try:
-        return _mediate(model, processor, *pairs, sites, max_new_tokens, batch_size, cells)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        return _mediate(model, processor, *pairs, sites, max_new_tokens, batch_size, Cells(out))
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import bootstrap, spearmanr
+from scipy.stats import spearmanr
 from torch import nn
 
 from .attacks import frozen
 from .contrasts import Contrast
 from .neuron_runs import Unit, UnitRuns, down_projection
+from .rates import Mean
 from .samples import load_samples
 from .sites import decoder_layers
 
@@ -205,12 +205,9 @@ def _choose(estimates: Mapping[int, torch.Tensor], top: int, seed: int) -> dict[
 
 
 def _interval(effects: torch.Tensor, seed: int) -> tuple[float, float] | tuple[None, None]:
-    """95 % percentile bootstrap interval of the mean over prompts, (n,); none of one prompt."""
-    if len(effects) < 2:
-        return None, None
-    generator = np.random.default_rng(seed)
-    found = bootstrap((effects.numpy(),), np.mean, method="percentile", random_state=generator, vectorized=True)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    """95 % bootstrap interval of the mean over prompts, (n,); none of one prompt."""
+    found = Mean.of(effects.tolist(), seed)
+    return (found.low, found.high) if found.n > 1 else (None, None)
 
 
 def _correlations(verified: Sequence[VerifiedNeuron]) -> dict[str, float | None]:

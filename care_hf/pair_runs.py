@@ -6,11 +6,13 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
 from .interventions import entered_at, layer_calls, rewritten
 from .samples import IGNORED, Sample, answered
 from .sites import Site, image_token_ids, record
 
+logger = logging.get_logger(__name__)
 GROUPS = ("image", "prompt", "last", "generated")
 TOLERANCE = 1e-3  # of log-probabilities, in nats: how far a forward that begins at a layer may be from a whole one
 
@@ -76,7 +78,9 @@ class PairRuns:
         try:
             with entered_at(self.model, layer, self._calls):
                 again = self._log_probabilities()
-        except Exception:  # models differ in how they miss it; any other error comes again in a whole forward
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Models differ in how they miss it; an error with another cause comes again in a whole forward.
+            logger.info(f"Forwards are whole at layer {layer}: {error!r}")
             return False
         return bool(((again - self._log_p).abs() <= TOLERANCE).all())
 

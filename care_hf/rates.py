@@ -28,6 +28,15 @@ class Rate:
         ends = binomtest(self.count, self.n).proportion_ci(0.95, method="wilson")
         return float(ends.low), float(ends.high)
 
+    @property
+    def percent(self) -> str:
+        """For tables, "54 (50-57)", the interval rounded outwards; empty where there is nothing to count."""
+        if not self.n:
+            return ""
+        low, high = self.interval
+        # 1e-9: an end that is a whole number but for rounding stays so.
+        return f"{100 * self.value:.0f} ({math.floor(100 * low + 1e-9)}-{math.ceil(100 * high - 1e-9)})"
+
     def __add__(self, other: "Rate") -> "Rate":
         return Rate(self.count + other.count, self.n + other.n)
 

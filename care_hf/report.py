@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import json
-import math
 import platform
 import shutil
 import subprocess
@@ -100,7 +99,7 @@ class Report:
                 _line(
                     defence,
                     *(_share(self.rate(defence, name, "complied", judge)) for name in attacks),
-                    *(_percent(self.rate(defence, sets, verdict, judge)) for sets, verdict in pooled),
+                    *(self.rate(defence, sets, verdict, judge).percent for sets, verdict in pooled),
                     f"{refused.count} of {refused.n}" if refused.n else "",
                     "" if worst is None else f"{100 * worst:.1f}",
                     "" if found["divergence"] is None else f"{found['divergence']:.3f}",
@@ -151,7 +150,7 @@ class Report:
         lines = _head("family, eps", *names)
         for family, eps in grid:
             rates = [self.gradient_rate(name, family, eps, adaptive) for name in names]
-            lines.append(_line(f"{family}, {eps}", *("" if rate is None else _percent(rate) for rate in rates)))
+            lines.append(_line(f"{family}, {eps}", *("" if rate is None else rate.percent for rate in rates)))
         return "\n".join(lines)
 
     @property
@@ -164,7 +163,7 @@ class Report:
         kept = {row["steps"] for found in self.results.values() for row in found["gradient"]}
         lines = _head("steps", *self.attacked)
         for count in sorted(kept):
-            lines.append(_line(count, *(_percent(self.rate_at(name, count)) for name in self.attacked)))
+            lines.append(_line(count, *(self.rate_at(name, count).percent for name in self.attacked)))
         return "\n".join(lines)
 
     def rate_at(self, defence: str, steps: int | None = None, weight: float | None = None) -> Rate:
@@ -196,7 +195,7 @@ class Report:
         lines = _head("weight", *self.attacked)
         for weight in self.settings["budget"]["weights"]:
             rates = (self.rate_at(name, weight=weight) for name in self.attacked)
-            lines.append(_line(weight, *(_percent(rate) for rate in rates)))
+            lines.append(_line(weight, *(rate.percent for rate in rates)))
         return "\n".join(lines)
 
     def markdown(self) -> str:
@@ -303,14 +302,6 @@ class Report:
 
 def _share(rate: Rate) -> str:
     return f"{100 * rate.value:.0f}" if rate.n else ""
-
-
-def _percent(rate: Rate) -> str:
-    if not rate.n:
-        return ""
-    low, high = rate.interval
-    # 1e-9: an end that is a whole number but for rounding stays so.
-    return f"{100 * rate.value:.0f} ({math.floor(100 * low + 1e-9)}-{math.ceil(100 * high - 1e-9)})"
 
 
 def _line(*cells: Any) -> str:

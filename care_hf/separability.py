@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .interventions import evaluating
 from .samples import Samples, batches, collate, load_samples
 from .separation import CLASSES, MEASURES, SiteSeparability, given_groups, group_ids, plan_labellings, separate_planned
 from .sites import Site, decoder_layers, record, site_module
@@ -200,9 +201,7 @@ def read_activations(
     take: Callable = _last if tokens == "last" else _mean
     rows: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
     work = [(name, part) for name in CLASSES for part in batches(range(len(samples[name])), batch_size)]
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for name, part in logging.tqdm(work, desc="Reading activations", unit="batch", leave=False):
             # Right padding: no prompt token sees it under causal attention, and positions count from 0.
             inputs = collate(processor, [samples[name][i] for i in part], (), padding_side="right").inputs
@@ -216,8 +215,6 @@ def read_activations(
                         "load it in bfloat16 or float32 if it is in float16."
                     )
                 rows[site].append(h)
-    finally:
-        model.train(was_training)
     return {site: torch.cat(parts) for site, parts in rows.items()}
 
 

@@ -1,7 +1,6 @@
 """Which tokens of one prompt its answer hangs on: scores of every text and image token, and heat maps of images."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from .answers import generate_answers
 from .attribution import text_scores, visual_scores
 from .attribution_figures import ROUNDING, tokens_html
 from .image_grids import ImageGrid, image_grids
+from .interventions import evaluating
 from .samples import IGNORED, Batch, Sample, answered, collate, load_samples
 from .sites import Site, decoder_layers, image_token_ids, record, site_module
 from .token_ablation import ablated_log_probabilities
@@ -175,7 +175,7 @@ def attribute(
     images = image_grids(
         sample.images, batch.inputs, batch.visual[0], positions, model.config, processor.image_processor, grids
     )
-    with _evaluating(model):
+    with evaluating(model):
         if method == "kernel":
             scores, log_p = _kernel_scores(model, batch, positions, place), None
         else:
@@ -211,17 +211,6 @@ def _site(model: nn.Module, site: Site | str | None, method: str) -> Site | None
     site = Site.parse(site) if isinstance(site, str) else site
     site_module(model, site)  # raises where there is none
     return site
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _answer(model, processor, sample: Sample, answer: str | None, max_new_tokens: int) -> str:

@@ -68,7 +68,7 @@ class Trace:
             rates = [self.rate(outcome, "malicious", verdict) for verdict in ("complied", "refused")]
             rates += [self.rate(outcome, "benign", "complied"), Rate(sum(outcome.kept), len(outcome.kept))]
             divergence = Mean.of(outcome.divergence)
-            cells = [name, *map(_percent, rates), str(self.log_odds_change(outcome)), str(divergence)]
+            cells = [name, *(rate.percent for rate in rates), str(self.log_odds_change(outcome)), str(divergence)]
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
@@ -90,8 +90,3 @@ class Trace:
 def site_name(site: Site) -> str:
     """A site as tables call it when it is blocked: "3.layer" for the whole layer."""
     return f"{site.layer}.{LAYER}" if site.component == "residual" else str(site)
-
-
-def _percent(rate: Rate) -> str:
-    low, high = rate.interval
-    return f"{100 * rate.value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"

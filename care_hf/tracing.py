@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .answers import relative_entropy
 from .blocking import MODES, Blocker, Contributions, collect_contributions, generate_blocked
 from .cells import Cells
 from .contrasts import Contrast
+from .interventions import evaluating
 from .judges import Judge, KeywordJudge
 from .replay import NotReplayable, Replay
 from .resume import answers_fingerprint, prompts_fingerprint
@@ -111,13 +113,8 @@ def trace(
         raise ValueError(f"modes={tuple(modes)} must be among {MODES}.")
     tracer = _Tracer(model, processor, as_cases(malicious, "malicious"), as_cases(benign, "benign"), judge)
     tracer.tokens, tracer.batch_size, tracer.seed, tracer.reuse = max_new_tokens, batch_size, seed, reuse
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         return tracer.run(sites, tuple(modes), contrast, Cells(out))
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Tracer:
@@ -261,10 +258,7 @@ class _Tracer:
     def _result(self, numbers, tokens, first: torch.Tensor, unblocked: torch.Tensor) -> dict[str, list]:
         """Answers, and of the first token its log-odds after malicious prompts and its divergence after benign ones."""
         malicious = torch.tensor([i < len(self.malicious) for i in numbers], device=first.device)
-        blocked = first.float().log_softmax(dim=-1)[~malicious].double()
-        base = unblocked[~malicious].double()
-        # A token that is impossible under both adds nothing.
-        divergence = (base.exp() * (base - blocked)).nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=-1)
+        divergence = relative_entropy(unblocked[~malicious], first[~malicious].float().log_softmax(dim=-1))
         return {
             "answers": self._decoded(tokens),
             "log_odds": self.contrast.log_odds(first[malicious]).tolist(),

@@ -458,7 +458,7 @@ def test_tables_say_what_was_counted():
     assert [cell.split()[0] for cell in rows[1][1:]] == ["100", "0", "50", "50", "2.00", "0.50"]
     # Wilson's interval of 4 out of 4 by its formula.
     z2 = 1.959964**2
-    assert rows[1][1] == f"100 [{100 * 4 / (4 + z2):.0f}, 100]"
+    assert rows[1][1] == f"100 ({math.floor(100 * 4 / (4 + z2))}-100)"  # rounded outwards
     assert rows[1][5] == "2.00 [2.00, 2.00]"
     assert found.rate(other, "benign", "refused") == Rate(1, 2)
     assert found.log_odds_change(other) == Mean(2.0, 2.0, 2.0, 4)

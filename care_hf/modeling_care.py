@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -11,7 +12,7 @@ from transformers.utils import logging
 from .configuration_care import CareConfig
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .projection import SafetyProjection, Subspace
-from .repair_state import RepairState, watch_turns, watch_visual_tokens
+from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
 from .sites import Site, hidden_size, image_token_ids, site_module
 
@@ -70,7 +71,6 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             module = self._guarded(Site.parse(gate["site"]))
             module.care_gate = GateReader(hidden_size(self.vlm), gate["required"], gate["alarms"], gate["pictured"])
             self.care_state.prompt_end = tuple(gate["prompt_end"])
-            watch_turns(self.vlm, self.care_state)
         self._keep_in_fp32_modules_strict = [
             f"{name}.{leaf}"
             for name, module in self.named_modules()
@@ -78,8 +78,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for leaf, buffer in module.named_buffers()
             if buffer.is_floating_point()
         ]
-        if self._tells_visual_tokens_apart():
-            watch_visual_tokens(self.vlm, self.care_state)
+        self.care_state.routed = self._tells_visual_tokens_apart()
+        if self.care_state.routed or config.gate:
+            watch_forwards(self.vlm, self.care_state)
         self.post_init()
 
     def _tells_visual_tokens_apart(self) -> bool:
@@ -293,6 +294,10 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generation_config(self, value) -> None:
         if "vlm" in self._modules:  # PreTrainedModel's own __init__ sets one before there is a base
             self.vlm.generation_config = value
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        recalling = RecallingCheckpoint(self.care_state, gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, recalling, **kwargs)
 
     def get_input_embeddings(self):
         """The base's."""

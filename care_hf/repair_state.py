@@ -7,7 +7,7 @@ keys are.
 
 import inspect
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,15 +24,16 @@ except ImportError:  # before transformers 5.23
 
 
 class RepairState:
-    """The switch, the end of prompts, and what is known of the forward that runs.
+    """The switch, what the repair needs to be told, and what is known of the forward that runs.
 
     Attributes:
         enabled: whether modules repair; no file keeps it.
         prompt_end: the ids that end a prompt; empty unless there is a gate.
+        routed: whether visual tokens are repaired otherwise than those of the text.
     """
 
     def __init__(self):
-        self.enabled = True
+        self.enabled, self.routed = True, False
         self.prompt_end: tuple[int, ...] = ()
         self._begin_anew()
 
@@ -48,13 +49,15 @@ class RepairState:
             self._by_thread.forward = Forward()
         return self._by_thread.forward
 
-    @property
-    def visual_mask(self) -> torch.Tensor | None:
-        """That of the forward of this thread."""
-        return self.now.visual_mask
+    @now.setter
+    def now(self, forward: "Forward") -> None:
+        if torch.compiler.is_compiling():
+            self._traced = forward
+        else:
+            self._by_thread.forward = forward
 
     def __getstate__(self):
-        return {"enabled": self.enabled, "prompt_end": self.prompt_end}
+        return {"enabled": self.enabled, "prompt_end": self.prompt_end, "routed": self.routed}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -62,7 +65,7 @@ class RepairState:
 
 
 class Forward:
-    """What the modules know while a forward lasts.
+    """What the modules know while a forward lasts, and while gradient checkpointing runs parts of it again.
 
     Attributes:
         visual_mask: bool (B, S), True at image and video tokens; None unless a fusion needs it.
@@ -71,30 +74,30 @@ class Forward:
         held_steps: the same, but -1 wherever the gate did not fire.
     """
 
-    def __init__(self):
-        self.visual_mask = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self.pictured = self.steps = self.held_steps = None
-        self._ids = self._entry = self._cache = self._layer = None
-        self._prompt_end: tuple[int, ...] = ()
-
-    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any], prompt_end: tuple[int, ...]) -> None:
-        """Take what a forward was called with: its tokens and its cache."""
-        self._clear()
+    def __init__(self, prompt_end: tuple[int, ...] = ()):
+        self.visual_mask = self.pictured = self.steps = self.held_steps = None
         self._prompt_end = prompt_end
+        self._ids = self._entry = self._cache = self._layer = None
+
+    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any], routed: bool) -> None:
+        """Take what a forward was called with: its tokens and its cache."""
         given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
+        images = image_token_ids(vlm.config)
+        self._ids = given.get("input_ids")
+        if self._ids is None:
+            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*self._prompt_end, *images})
+        if routed:
+            self.visual_mask = _among(self._ids, images)
+        if self._prompt_end:
+            self._begin_turns(given, images)
+
+    def _begin_turns(self, given: dict[str, Any], images: tuple[int, ...]) -> None:
         if given.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "Several sequences are packed into one, so the gate cannot tell where one ends; pad them instead, and "
                 "use `generate`, not `generate_batch` or cache_implementation='paged'."
             )
-        self._ids = given.get("input_ids")
-        images = image_token_ids(vlm.config)
-        if self._ids is None:
-            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*prompt_end, *images})
         cache = given.get("past_key_values")
         # Its name since transformers 5.24.
         self._cache = _decoder_cache(given.get("cache") if cache is None else cache)
@@ -121,6 +124,8 @@ class Forward:
 
     def decide(self, fires: torch.Tensor) -> None:
         """Hear of the gate where it would fire, bool (B, S), and count the steps of every token."""
+        if self.steps is not None:
+            return  # gradient checkpointing asks again
         ids = self._ids.to(fires.device)
         # Layers keep one dtype, that of the ids.
         self._entry = ids[:, None, :, None], fires[:, None, :, None].to(ids.dtype)
@@ -137,53 +142,65 @@ class Forward:
         self.steps, self.held_steps = steps, torch.where(held, steps, -1)
 
     def end(self, output: Any) -> None:
-        """Keep the decisions in the cache that the forward returns, if it does, and forget the rest."""
+        """Keep the decisions in the cache that the forward returns, if it does."""
         if self._entry is not None and self._layer is None:
             cache = self._cache if self._cache is not None else _returned_cache(output)
             if cache is not None:
                 layer = _new_turn_layer(cache)
                 layer.update(*self._entry)
                 cache.layers.append(layer)
-        self._clear()
 
 
-def watch_turns(vlm: nn.Module, state: RepairState) -> None:
+class RecallingCheckpoint:
+    """A function of gradient checkpointing that has the parts it runs again know what they knew the first time.
+
+    Args:
+        state: of the model.
+        checkpoint: the function, called as ``checkpoint(run, *args)``.
+    """
+
+    def __init__(self, state: RepairState, checkpoint: Callable):
+        self.state, self.checkpoint = state, checkpoint
+
+    def __call__(self, run: Callable, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint `run`."""
+        forward, enabled = self.state.now, self.state.enabled
+
+        def recalling(*args, **kwargs):
+            before = self.state.now, self.state.enabled
+            self.state.now, self.state.enabled = forward, enabled
+            try:
+                return run(*args, **kwargs)
+            finally:
+                self.state.now, self.state.enabled = before
+
+        return self.checkpoint(recalling, *args, **kwargs)
+
+
+def watch_forwards(vlm: nn.Module, state: RepairState) -> None:
     """Have every forward of `vlm` begin and end with `state`."""
     vlm.care_state = state
     vlm.register_forward_pre_hook(_begin, with_kwargs=True)
-    vlm.register_forward_hook(_end)
-
-
-def watch_visual_tokens(vlm: nn.Module, state: RepairState) -> None:
-    """Have every forward of `vlm` note in `state` which of its tokens are visual."""
-    vlm.care_state = state
-    vlm.register_forward_pre_hook(_note_visual_tokens, with_kwargs=True)
-    vlm.register_forward_hook(_forget_visual_tokens, always_call=True)
+    vlm.register_forward_hook(_end, always_call=True)
 
 
 # Hooks are functions of this module that find the state on the model, so that deepcopy and pickle work.
 
 
 def _begin(vlm: nn.Module, args, kwargs) -> None:
-    if vlm.care_state.enabled:
-        vlm.care_state.now.begin(vlm, args, kwargs, vlm.care_state.prompt_end)
+    state = vlm.care_state
+    if state.enabled:
+        # A new one each time: gradient checkpointing holds on to what the modules knew.
+        forward = Forward(state.prompt_end)
+        forward.begin(vlm, args, kwargs, state.routed)
+        state.now = forward
 
 
 def _end(vlm: nn.Module, args, output) -> None:
-    if vlm.care_state.enabled:
-        vlm.care_state.now.end(output)
-
-
-def _note_visual_tokens(vlm: nn.Module, args, kwargs) -> None:
-    """Find the image and video tokens as the base itself does: by id, or by the placeholder's embedding."""
-    ids, tokens = kwargs.get("input_ids", args[0] if args else None), image_token_ids(vlm.config)
-    if ids is None:
-        ids = _ids_of_embeddings(vlm, kwargs["inputs_embeds"], tokens)
-    vlm.care_state.now.visual_mask = _among(ids, tokens)
-
-
-def _forget_visual_tokens(vlm: nn.Module, args, output) -> None:
-    vlm.care_state.now.visual_mask = None
+    state = vlm.care_state
+    if state.enabled and output is not None:  # there is none if the forward failed
+        state.now.end(output)
+    state.now = Forward()
 
 
 def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:

@@ -53,8 +53,8 @@ def _known(of_tokens: torch.Tensor | None) -> torch.Tensor:
     """
     if of_tokens is None:
         raise ValueError(
-            "The gate was not told which tokens it is given; call or compile the repaired model, not one of its parts, "
-            "and train without gradient checkpointing, which runs parts again."
+            "The gate was not told which tokens it is given; call, compile and enable gradient checkpointing on the "
+            "repaired model, not on one of its parts."
         )
     return of_tokens
 

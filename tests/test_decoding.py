@@ -541,8 +541,8 @@ def test_parts_and_packed_sequences_are_refused(case):
     with pytest.raises(ValueError, match="not one of its parts"):
         model(**inputs)
     model = copy.deepcopy(case.model).train()
-    model.gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="without gradient checkpointing"):
+    model.vlm.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="not on one of its parts"):
         model(**inputs).logits.sum().backward()
 
 
@@ -564,6 +564,26 @@ def test_gradients_are_those_of_the_algebra(case):
     torch.testing.assert_close(ours, gradient(lambda x: case.reference.logits(x, [end])), rtol=1e-4, atol=1e-3)
     assert not torch.allclose(ours, gradient(lambda x: case.base(**x).logits[0]), rtol=1e-1)
     case.model.zero_grad(), case.base.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(case, reentrant):
+    def gradients(model):
+        model = copy.deepcopy(model).train()
+        logits = model(**padded(case)).logits
+        # What is repaired when the parts run again is what was repaired at first, whatever happened in between.
+        with torch.no_grad(), model.disable():
+            model(**padded(case, [0]))
+            logits.square().mean().backward()
+        return {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+
+    checkpointed = copy.deepcopy(case.model)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    expected, found = gradients(case.model), gradients(checkpointed)
+    assert checkpointed.vlm.is_gradient_checkpointing and expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    base = gradients(CareForConditionalGeneration.from_base(case.base, SafetySubspaces.random(case.base, [1], 1)))
+    assert not all(torch.equal(base[name], expected[name]) for name in expected)
 
 
 def test_copies_and_pickles_of_the_model_stand_alone(case):

@@ -159,7 +159,7 @@ def test_route_finds_image_tokens_among_embeddings_too(llava, inputs):
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
     embeddings = repaired.get_input_embeddings()(inputs["input_ids"])
     torch.testing.assert_close(repaired(inputs_embeds=embeddings, **rest).logits, expected)
-    assert repaired.care_state.visual_mask is None
+    assert repaired.care_state.now.visual_mask is None
 
 
 def test_route_refuses_to_guess(llava, inputs):

@@ -1,0 +1,327 @@
+"""Families whose images come as tokens of the prompt and whose text decoder is a common one."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+from transformers import (
+    AyaVisionConfig,
+    AyaVisionProcessor,
+    CLIPImageProcessorPil,
+    DeepseekVLConfig,
+    DeepseekVLImageProcessorPil,
+    DeepseekVLProcessor,
+    Gemma3Config,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    InternVLProcessor,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    Mistral3Config,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
+    PixtralImageProcessorPil,
+    PreTrainedConfig,
+    ProcessorMixin,
+    SiglipImageProcessorPil,
+)
+from transformers.models.pixtral import image_processing_pil_pixtral
+
+from .family import Family
+from .text import COMMON, VOCABULARY_SIZE, build_tokenizer, chat_template
+
+IMAGE = len(COMMON)  # a family's first special token stands for a piece of an image,
+VIDEO = IMAGE + 1  # and its second, where it has one, for a piece of a video
+EDGE = 16  # of images, in pixels
+SQUARE = {"height": EDGE, "width": EDGE}
+TILINGS = [[EDGE, EDGE], [EDGE, 2 * EDGE], [2 * EDGE, EDGE]]
+LAYERS = 4
+WINDOW = 8  # shorter than any prompt with an image
+ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
+
+
+def text(kind: str, **more: Any) -> dict[str, Any]:
+    """The configuration of a text decoder, its weights large enough that logits differ."""
+    return {
+        "model_type": kind,
+        "vocab_size": VOCABULARY_SIZE,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **more,
+    }
+
+
+def vision(kind: str, patch_size: int, **more: Any) -> dict[str, Any]:
+    """The configuration of a vision tower, deeper than the text decoder."""
+    return {
+        "model_type": kind,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS + 1,
+        "num_attention_heads": 2,
+        "image_size": EDGE,
+        "patch_size": patch_size,
+        "initializer_range": 0.2,
+        **more,
+    }
+
+
+def siglip(patch_size: int) -> dict[str, Any]:
+    """The configuration of SigLIP's vision tower without its pooling head, which no family here uses."""
+    return vision("siglip_vision_model", patch_size, vision_use_head=False)
+
+
+def without_videos(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """The processor class without its video processor, which needs torchvision."""
+
+    class WithoutVideos(stock):
+        def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, **kwargs)
+
+    # What is saved with a processor is read off its signature.
+    signature = inspect.signature(stock.__init__)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
+    WithoutVideos.__init__.__signature__ = signature.replace(parameters=kept)
+    return WithoutVideos
+
+
+def load_pixtral_processor() -> type[ProcessorMixin]:
+    """Pixtral's processor class.
+
+    Of torchvision's image processor its module only wants a function that Pillow's has, too.
+    """
+    name = image_processing_pil_pixtral.__name__
+    with patch.dict(sys.modules, {name.replace("_pil", ""): image_processing_pil_pixtral}):
+        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
+    return PixtralProcessor
+
+
+def llava_config() -> LlavaConfig:
+    return LlavaConfig(
+        text_config=text("llama"),
+        vision_config=vision("clip_vision_model", 8),
+        image_token_index=IMAGE,
+        image_seq_length=4,
+    )
+
+
+def llava_processor(config: LlavaConfig) -> LlavaProcessor:
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size=SQUARE),
+        build_tokenizer(special=["<image>"], image_token="<image>"),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+        chat_template=chat_template(),
+    )
+
+
+def llava_next_config() -> LlavaNextConfig:
+    return LlavaNextConfig(
+        text_config=text("mistral", sliding_window=None),
+        vision_config=vision("clip_vision_model", 8),
+        image_token_index=IMAGE,
+        image_grid_pinpoints=TILINGS,
+    )
+
+
+def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
+    return LlavaNextProcessor(
+        LlavaNextImageProcessorPil(size={"shortest_edge": EDGE}, crop_size=SQUARE, image_grid_pinpoints=TILINGS),
+        build_tokenizer(special=["<image>"], image_token="<image>"),
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,
+        chat_template=chat_template(),
+    )
+
+
+def llava_onevision_config() -> LlavaOnevisionConfig:
+    return LlavaOnevisionConfig(
+        text_config=text("qwen2"),
+        vision_config=siglip(8),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=TILINGS,
+    )
+
+
+def llava_onevision_processor(config: LlavaOnevisionConfig) -> ProcessorMixin:
+    return without_videos(LlavaOnevisionProcessor)(
+        LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=TILINGS),
+        build_tokenizer(special=["<image>", "<video>"], image_token="<image>", video_token="<video>"),
+        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        vision_aspect_ratio=config.vision_aspect_ratio,
+        chat_template=chat_template(),
+    )
+
+
+def llava_pixtral_config() -> LlavaConfig:
+    return LlavaConfig(
+        text_config=text("mistral", sliding_window=None),
+        vision_config=vision("pixtral", 8),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+
+
+def mistral3_config() -> Mistral3Config:
+    return Mistral3Config(
+        text_config=text("mistral", sliding_window=WINDOW),
+        vision_config=vision("pixtral", 4),
+        image_token_index=IMAGE,
+        spatial_merge_size=2,
+        tie_word_embeddings=False,
+    )
+
+
+def pixtral_processor(config: LlavaConfig | Mistral3Config) -> ProcessorMixin:
+    patch_size = config.vision_config.patch_size
+    return load_pixtral_processor()(
+        PixtralImageProcessorPil(size={"longest_edge": EDGE}, patch_size=patch_size),
+        build_tokenizer(special=["[IMG]", "[IMG_BREAK]", "[IMG_END]"], image_token="[IMG]"),
+        patch_size=patch_size,
+        spatial_merge_size=getattr(config, "spatial_merge_size", 1),
+        chat_template=chat_template("[IMG]"),
+    )
+
+
+def internvl_config() -> InternVLConfig:
+    return InternVLConfig(
+        text_config=text("qwen2"),
+        vision_config=vision("internvl_vision", 4),
+        image_token_id=IMAGE,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+
+
+def internvl_processor(config: InternVLConfig) -> ProcessorMixin:
+    named = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+    }
+    return without_videos(InternVLProcessor)(
+        GotOcr2ImageProcessorPil(size=SQUARE, max_patches=2),
+        build_tokenizer(special=[*named.values()], **named),
+        image_seq_length=config.image_seq_length,
+        chat_template=chat_template("<IMG_CONTEXT>"),
+    )
+
+
+def aya_vision_config() -> AyaVisionConfig:
+    return AyaVisionConfig(
+        text_config=text("cohere2", logit_scale=1.0, **ALTERNATING),
+        vision_config=siglip(4),
+        image_token_index=IMAGE,
+    )
+
+
+def aya_vision_processor(config: AyaVisionConfig) -> AyaVisionProcessor:
+    markers = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "TILE_1", "TILE_2", "TILE_GLOBAL"]
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size=SQUARE, max_patches=2),
+        build_tokenizer(special=["<|IMG_PATCH|>", *markers, "<image>"]),
+        patch_size=config.vision_config.patch_size,
+        img_size=EDGE,
+        downsample_factor=config.downsample_factor,
+        chat_template=chat_template(),
+    )
+
+
+def deepseek_vl_config() -> DeepseekVLConfig:
+    return DeepseekVLConfig(
+        text_config=text("llama"), vision_config=siglip(8), image_token_id=IMAGE, tie_word_embeddings=False
+    )
+
+
+def deepseek_vl_processor(config: DeepseekVLConfig) -> DeepseekVLProcessor:
+    return DeepseekVLProcessor(
+        DeepseekVLImageProcessorPil(size=SQUARE, min_size=4),
+        build_tokenizer(special=["<image>"], image_token="<image>"),
+        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2,
+        chat_template=chat_template(),
+    )
+
+
+def paligemma_config(kind: str, **more: Any) -> Callable[[], PaliGemmaConfig]:
+    def config() -> PaliGemmaConfig:
+        decoder = text(kind, **more)
+        return PaliGemmaConfig(
+            text_config=decoder,
+            vision_config=siglip(8),
+            image_token_index=IMAGE,
+            vocab_size=VOCABULARY_SIZE,
+            projection_dim=decoder["hidden_size"],
+            hidden_size=decoder["hidden_size"],
+        )
+
+    return config
+
+
+def paligemma_processor(config: PaliGemmaConfig) -> PaliGemmaProcessor:
+    return PaliGemmaProcessor(
+        SiglipImageProcessorPil(size=SQUARE, image_seq_length=config.text_config.num_image_tokens),
+        build_tokenizer(special=["<image>"], image_token="<image>"),
+        chat_template=chat_template().removeprefix("<s>"),  # the processor puts it behind the images
+    )
+
+
+def gemma3_config() -> Gemma3Config:
+    return Gemma3Config(
+        text_config=text("gemma3_text", query_pre_attn_scalar=8, **ALTERNATING),
+        vision_config=siglip(4),
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE + 1,
+        eoi_token_index=IMAGE + 2,
+        mm_tokens_per_image=4,
+        initializer_range=0.2,
+    )
+
+
+def gemma3_processor(config: Gemma3Config) -> Gemma3Processor:
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    return Gemma3Processor(
+        Gemma3ImageProcessorPil(size=SQUARE),
+        build_tokenizer(special=[*named.values()], **named),
+        image_seq_length=config.mm_tokens_per_image,
+        chat_template=chat_template("<start_of_image>"),
+    )
+
+
+FAMILIES: list[Family] = [
+    Family("llava", llava_config, llava_processor),
+    Family("llava_next", llava_next_config, llava_next_processor),
+    Family("llava_onevision", llava_onevision_config, llava_onevision_processor),
+    Family("llava+pixtral", llava_pixtral_config, pixtral_processor),
+    Family("mistral3", mistral3_config, pixtral_processor),
+    Family("internvl", internvl_config, internvl_processor),
+    Family("aya_vision", aya_vision_config, aya_vision_processor),
+    Family("deepseek_vl", deepseek_vl_config, deepseek_vl_processor),
+    Family("paligemma", paligemma_config("gemma"), paligemma_processor),
+    Family("paligemma2", paligemma_config("gemma2", query_pre_attn_scalar=8, **ALTERNATING), paligemma_processor),
+    Family("gemma3", gemma3_config, gemma3_processor),
+]

@@ -1,11 +1,13 @@
 """Families whose images come as tokens of the prompt and whose text decoder is a common one."""
 
-import inspect
+import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from torch import nn
 from transformers import (
     AyaVisionConfig,
     AyaVisionProcessor,
@@ -31,7 +33,7 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaProcessor,
     PixtralImageProcessorPil,
-    PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
     SiglipImageProcessorPil,
 )
@@ -94,13 +96,9 @@ def without_videos(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The processor class without its video processor, which needs torchvision."""
 
     class WithoutVideos(stock):
-        def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-            super().__init__(image_processor, tokenizer, None, **kwargs)
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
 
-    # What is saved with a processor is read off its signature.
-    signature = inspect.signature(stock.__init__)
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
-    WithoutVideos.__init__.__signature__ = signature.replace(parameters=kept)
     return WithoutVideos
 
 
@@ -109,10 +107,10 @@ def load_pixtral_processor() -> type[ProcessorMixin]:
 
     Of torchvision's image processor its module only wants a function that Pillow's has, too.
     """
-    name = image_processing_pil_pixtral.__name__
-    with patch.dict(sys.modules, {name.replace("_pil", ""): image_processing_pil_pixtral}):
-        from transformers.models.pixtral.processing_pixtral import PixtralProcessor
-    return PixtralProcessor
+    name = image_processing_pil_pixtral.__name__.replace("_pil", "")
+    with patch.dict(sys.modules, {name: image_processing_pil_pixtral}):
+        module = importlib.import_module("transformers.models.pixtral.processing_pixtral")
+    return sys.modules.setdefault(module.__name__, module).PixtralProcessor
 
 
 def llava_config() -> LlavaConfig:
@@ -312,6 +310,16 @@ def gemma3_processor(config: Gemma3Config) -> Gemma3Processor:
     )
 
 
+class Gemma3(Family):
+    """Gemma 3 with a projector that sees: stock initialisation leaves it 0, so that every image would be the same."""
+
+    @functools.cached_property
+    def model(self) -> PreTrainedModel:
+        model = super().model
+        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
+        return model
+
+
 FAMILIES: list[Family] = [
     Family("llava", llava_config, llava_processor),
     Family("llava_next", llava_next_config, llava_next_processor),
@@ -323,5 +331,5 @@ FAMILIES: list[Family] = [
     Family("deepseek_vl", deepseek_vl_config, deepseek_vl_processor),
     Family("paligemma", paligemma_config("gemma"), paligemma_processor),
     Family("paligemma2", paligemma_config("gemma2", query_pre_attn_scalar=8, **ALTERNATING), paligemma_processor),
-    Family("gemma3", gemma3_config, gemma3_processor),
+    Gemma3("gemma3", gemma3_config, gemma3_processor),
 ]

@@ -34,72 +34,44 @@ from transformers import (
     PaliGemmaProcessor,
     PixtralImageProcessorPil,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
     SiglipImageProcessorPil,
 )
 from transformers.models.pixtral import image_processing_pil_pixtral
 
 from .family import Family
-from .text import COMMON, VOCABULARY_SIZE, build_tokenizer, chat_template
+from .parts import (
+    ALTERNATING,
+    EDGE,
+    IMAGE,
+    SQUARE,
+    VIDEO,
+    WIDTH,
+    WINDOW,
+    count_patches,
+    decoder,
+    siglip,
+    tower,
+    without_videos,
+)
+from .text import VOCABULARY_SIZE, build_tokenizer, chat_template
 
-IMAGE = len(COMMON)  # a family's first special token stands for a piece of an image,
-VIDEO = IMAGE + 1  # and its second, where it has one, for a piece of a video
-EDGE = 16  # of images, in pixels
-SQUARE = {"height": EDGE, "width": EDGE}
 TILINGS = [[EDGE, EDGE], [EDGE, 2 * EDGE], [2 * EDGE, EDGE]]
-LAYERS = 4
-WINDOW = 8  # shorter than any prompt with an image
-ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2)}
 
 
-def text(kind: str, **more: Any) -> dict[str, Any]:
-    """The configuration of a text decoder, its weights large enough that logits differ."""
+def image_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of the families that only know an image token."""
+    return build_tokenizer(special=["<image>"], image_token="<image>")
+
+
+def clip_tokens(config: LlavaConfig | LlavaNextConfig) -> dict[str, Any]:
+    """What the processor must know of CLIP's tower to count an image's tokens."""
     return {
-        "model_type": kind,
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **more,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "num_additional_image_tokens": 1,  # the class token
     }
-
-
-def vision(kind: str, patch_size: int, **more: Any) -> dict[str, Any]:
-    """The configuration of a vision tower, deeper than the text decoder."""
-    return {
-        "model_type": kind,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": LAYERS + 1,
-        "num_attention_heads": 2,
-        "image_size": EDGE,
-        "patch_size": patch_size,
-        "initializer_range": 0.2,
-        **more,
-    }
-
-
-def siglip(patch_size: int) -> dict[str, Any]:
-    """The configuration of SigLIP's vision tower without its pooling head, which no family here uses."""
-    return vision("siglip_vision_model", patch_size, vision_use_head=False)
-
-
-def without_videos(stock: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The processor class without its video processor, which needs torchvision."""
-
-    class WithoutVideos(stock):
-        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
-
-    return WithoutVideos
 
 
 def load_pixtral_processor() -> type[ProcessorMixin]:
@@ -115,8 +87,8 @@ def load_pixtral_processor() -> type[ProcessorMixin]:
 
 def llava_config() -> LlavaConfig:
     return LlavaConfig(
-        text_config=text("llama"),
-        vision_config=vision("clip_vision_model", 8),
+        text_config=decoder("llama"),
+        vision_config=tower("clip_vision_model", 8),
         image_token_index=IMAGE,
         image_seq_length=4,
     )
@@ -125,18 +97,16 @@ def llava_config() -> LlavaConfig:
 def llava_processor(config: LlavaConfig) -> LlavaProcessor:
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size=SQUARE),
-        build_tokenizer(special=["<image>"], image_token="<image>"),
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
+        image_tokenizer(),
+        **clip_tokens(config),
         chat_template=chat_template(),
     )
 
 
 def llava_next_config() -> LlavaNextConfig:
     return LlavaNextConfig(
-        text_config=text("mistral", sliding_window=None),
-        vision_config=vision("clip_vision_model", 8),
+        text_config=decoder("mistral", sliding_window=None),
+        vision_config=tower("clip_vision_model", 8),
         image_token_index=IMAGE,
         image_grid_pinpoints=TILINGS,
     )
@@ -145,17 +115,15 @@ def llava_next_config() -> LlavaNextConfig:
 def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
     return LlavaNextProcessor(
         LlavaNextImageProcessorPil(size={"shortest_edge": EDGE}, crop_size=SQUARE, image_grid_pinpoints=TILINGS),
-        build_tokenizer(special=["<image>"], image_token="<image>"),
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        image_tokenizer(),
+        **clip_tokens(config),
         chat_template=chat_template(),
     )
 
 
 def llava_onevision_config() -> LlavaOnevisionConfig:
     return LlavaOnevisionConfig(
-        text_config=text("qwen2"),
+        text_config=decoder("qwen2"),
         vision_config=siglip(8),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
@@ -167,7 +135,7 @@ def llava_onevision_processor(config: LlavaOnevisionConfig) -> ProcessorMixin:
     return without_videos(LlavaOnevisionProcessor)(
         LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=TILINGS),
         build_tokenizer(special=["<image>", "<video>"], image_token="<image>", video_token="<video>"),
-        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2,
+        num_image_tokens=count_patches(config),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         vision_aspect_ratio=config.vision_aspect_ratio,
         chat_template=chat_template(),
@@ -176,8 +144,8 @@ def llava_onevision_processor(config: LlavaOnevisionConfig) -> ProcessorMixin:
 
 def llava_pixtral_config() -> LlavaConfig:
     return LlavaConfig(
-        text_config=text("mistral", sliding_window=None),
-        vision_config=vision("pixtral", 8),
+        text_config=decoder("mistral", sliding_window=None),
+        vision_config=tower("pixtral", 8),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -186,8 +154,8 @@ def llava_pixtral_config() -> LlavaConfig:
 
 def mistral3_config() -> Mistral3Config:
     return Mistral3Config(
-        text_config=text("mistral", sliding_window=WINDOW),
-        vision_config=vision("pixtral", 4),
+        text_config=decoder("mistral", sliding_window=WINDOW),
+        vision_config=tower("pixtral", 4),
         image_token_index=IMAGE,
         spatial_merge_size=2,
         tie_word_embeddings=False,
@@ -207,8 +175,8 @@ def pixtral_processor(config: LlavaConfig | Mistral3Config) -> ProcessorMixin:
 
 def internvl_config() -> InternVLConfig:
     return InternVLConfig(
-        text_config=text("qwen2"),
-        vision_config=vision("internvl_vision", 4),
+        text_config=decoder("qwen2"),
+        vision_config=tower("internvl_vision", 4),
         image_token_id=IMAGE,
         image_seq_length=4,
         tie_word_embeddings=False,
@@ -232,7 +200,7 @@ def internvl_processor(config: InternVLConfig) -> ProcessorMixin:
 
 def aya_vision_config() -> AyaVisionConfig:
     return AyaVisionConfig(
-        text_config=text("cohere2", logit_scale=1.0, **ALTERNATING),
+        text_config=decoder("cohere2", logit_scale=1.0, **ALTERNATING),
         vision_config=siglip(4),
         image_token_index=IMAGE,
     )
@@ -252,29 +220,28 @@ def aya_vision_processor(config: AyaVisionConfig) -> AyaVisionProcessor:
 
 def deepseek_vl_config() -> DeepseekVLConfig:
     return DeepseekVLConfig(
-        text_config=text("llama"), vision_config=siglip(8), image_token_id=IMAGE, tie_word_embeddings=False
+        text_config=decoder("llama"), vision_config=siglip(8), image_token_id=IMAGE, tie_word_embeddings=False
     )
 
 
 def deepseek_vl_processor(config: DeepseekVLConfig) -> DeepseekVLProcessor:
     return DeepseekVLProcessor(
         DeepseekVLImageProcessorPil(size=SQUARE, min_size=4),
-        build_tokenizer(special=["<image>"], image_token="<image>"),
-        num_image_tokens=(EDGE // config.vision_config.patch_size) ** 2,
+        image_tokenizer(),
+        num_image_tokens=count_patches(config),
         chat_template=chat_template(),
     )
 
 
 def paligemma_config(kind: str, **more: Any) -> Callable[[], PaliGemmaConfig]:
     def config() -> PaliGemmaConfig:
-        decoder = text(kind, **more)
         return PaliGemmaConfig(
-            text_config=decoder,
+            text_config=decoder(kind, **more),
             vision_config=siglip(8),
             image_token_index=IMAGE,
             vocab_size=VOCABULARY_SIZE,
-            projection_dim=decoder["hidden_size"],
-            hidden_size=decoder["hidden_size"],
+            projection_dim=WIDTH,
+            hidden_size=WIDTH,
         )
 
     return config
@@ -283,14 +250,14 @@ def paligemma_config(kind: str, **more: Any) -> Callable[[], PaliGemmaConfig]:
 def paligemma_processor(config: PaliGemmaConfig) -> PaliGemmaProcessor:
     return PaliGemmaProcessor(
         SiglipImageProcessorPil(size=SQUARE, image_seq_length=config.text_config.num_image_tokens),
-        build_tokenizer(special=["<image>"], image_token="<image>"),
+        image_tokenizer(),
         chat_template=chat_template().removeprefix("<s>"),  # the processor puts it behind the images
     )
 
 
 def gemma3_config() -> Gemma3Config:
     return Gemma3Config(
-        text_config=text("gemma3_text", query_pre_attn_scalar=8, **ALTERNATING),
+        text_config=decoder("gemma3_text", query_pre_attn_scalar=8, **ALTERNATING),
         vision_config=siglip(4),
         image_token_index=IMAGE,
         boi_token_index=IMAGE + 1,

@@ -22,19 +22,16 @@ def build_tokenizer(special: Sequence[str] = (), **named: str) -> PreTrainedToke
     assert len(tokens) <= VOCABULARY_SIZE
     core = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>", *special],
+        extra_special_tokens=["<user>", "<assistant>", *special],
+        model_specific_special_tokens=named,
         padding_side="left",
     )
-    for name, token in named.items():
-        setattr(tokenizer, name, token)
-        setattr(tokenizer, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
-    return tokenizer
 
 
 def chat_template(image: str = "<image>") -> str:

@@ -1,6 +1,7 @@
 """Families with a processor, an image path or an FFN of their own, and those without images."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ from transformers import (
     SmolVLMProcessor,
 )
 from transformers.image_processing_backends import PilBackend
+from transformers.image_utils import PILImageResampling
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
@@ -63,6 +66,8 @@ LLAMA4 = (
 )
 CHAMELEON = ("<image>", "<racm3:break>", "<eoss>", "<sep>")
 INSTRUCTBLIP = ("<image>",)
+
+ONE_IMAGE = ("instructblip",)  # families each of whose prompts has exactly one image
 
 
 def token_ids(special: tuple[str, ...]) -> list[int]:
@@ -165,12 +170,15 @@ def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The stock processor without its video processor, which needs torchvision."""
 
     class ImageProcessor(kind):
-        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-            super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **kwargs)
+        def __init__(self, image_processor=None, tokenizer=None, **kwargs):
+            super().__init__(image_processor, tokenizer, None, **kwargs)
 
         # SmolVLM's reads off the video processor how to sample frames.
         apply_chat_template = ProcessorMixin.apply_chat_template
 
+    signature = inspect.signature(kind.__init__)  # off which a processor reads its parts, and what it saves
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
+    ImageProcessor.__init__.__signature__ = signature.replace(parameters=kept)
     return ImageProcessor
 
 
@@ -179,7 +187,7 @@ def qwen_processor(kind: type[ProcessorMixin], config: PreTrainedConfig) -> Proc
     return without_videos(kind)(
         Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size, merge_size=2, size=size),
         build_tokenizer(QWEN),
-        chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
+        chat_template=chat_template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
 
 
@@ -188,7 +196,7 @@ def glm4v_processor(config: Glm4vConfig) -> ProcessorMixin:
     return without_videos(Glm4vProcessor)(
         Glm4vImageProcessorPil(patch_size=config.vision_config.patch_size, merge_size=2, size=size),
         build_tokenizer(GLM),
-        chat_template("<|begin_of_image|><|image|><|end_of_image|>"),
+        chat_template=chat_template("<|begin_of_image|><|image|><|end_of_image|>"),
     )
 
 
@@ -268,11 +276,17 @@ def llama4_config() -> Llama4Config:
     )
 
 
+# transformers 5.24.0 reads this off the output of Llama 4's text model, which has none: no image could be shown to it.
+if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
+    MoeCausalLMOutputWithPast.image_outputs = None
+
+
 class OneTile(PilBackend):
     """In place of Llama 4's image processor, which exists for torchvision only: each image one tile."""
 
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
     image_mean = image_std = (0.5, 0.5, 0.5)
+    resample = PILImageResampling.BILINEAR
     size = PIXELS
 
     def _preprocess(self, images, **kwargs):
@@ -323,6 +337,7 @@ def chameleon_processor(config: ChameleonConfig) -> ChameleonProcessor:
         image_seq_length=(edge // 2 ** (len(config.vq_config.channel_multiplier) - 1)) ** 2,
     )
     processor.chat_template = chat_template("<image>")
+    processor.return_for_text_completion = True  # else it writes <sep> after the template's generation prompt
     return processor
 
 
@@ -331,8 +346,9 @@ def chameleon_processor(config: ChameleonConfig) -> ChameleonProcessor:
 
 def instructblip_config() -> InstructBlipConfig:
     text = text_sizes(model_type="opt", ffn_dim=48, word_embed_proj_dim=32, init_std=SPREAD)
+    not_of_opt = ("intermediate_size", "num_key_value_heads", "head_dim", "initializer_range")
     return InstructBlipConfig(
-        text_config=text,
+        text_config={name: value for name, value in text.items() if name not in not_of_opt},
         vision_config=vision_sizes(),
         qformer_config={
             "vocab_size": VOCABULARY_SIZE,

@@ -50,11 +50,11 @@ def test_models_are_small_and_their_vision_towers_the_deeper_ones(name):
     model = FAMILIES[name].model
     assert sum(p.numel() for p in model.parameters()) < 1_000_000
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
-    depth = len(decoder_layers(model))
-    assert depth in (3, 4) and model.config.get_text_config().vocab_size == special.VOCABULARY_SIZE
-    of_text = set(model.get_decoder().modules())
+    layers = decoder_layers(model)
+    assert len(layers) in (3, 4) and model.config.get_text_config().vocab_size == special.VOCABULARY_SIZE
+    of_text = set(layers.modules())
     others = [len(m) for m in model.modules() if isinstance(m, nn.ModuleList) and m not in of_text]
-    assert max(others, default=0) > depth or FAMILIES[name].text_only
+    assert max(others, default=0) > len(layers) or FAMILIES[name].text_only
 
 
 def test_images_are_where_the_configuration_says(name):
@@ -79,3 +79,13 @@ def test_rows_of_a_batch_are_as_alone_and_with_a_cache_as_without(name):
     assert not torch.allclose(last[0], last[-1], atol=0.1)
     tokens = model.generate(**inputs, **GREEDY)
     assert torch.equal(model.generate(**inputs, **GREEDY, use_cache=False), tokens)
+
+
+def test_images_change_what_comes_next(name):
+    model, processor, images = parts(name)
+    if not FAMILIES[name].text_only:
+        one, other = (
+            model(**collate(processor, [prompt("what is this", noise(seed, 24, 24))], images).inputs).logits[0, -1]
+            for seed in (0, 1)
+        )
+        assert torch.allclose(one, other, atol=0.1) == (name in special.CLOSED)

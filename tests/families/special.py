@@ -39,7 +39,7 @@ LLAMA4 = (
 CHAMELEON = ("<image>", "<racm3:break>", "<eoss>", "<sep>")
 INSTRUCTBLIP = ("<image>",)
 
-ONE_IMAGE = ("instructblip",)  # families each of whose prompts has exactly one image
+ONE_IMAGE = ("instructblip",)  # families each of whose prompts has exactly one image; padding changes what they give
 CLOSED = ("mllama",)  # families whose images change nothing yet: the gates of cross-attention begin at 0
 
 
@@ -87,7 +87,7 @@ def llama4_config() -> Llama4Config:
     )
 
 
-# transformers 5.24.0 reads this off the output of Llama 4's text model, which has none: no image could be shown to it.
+# transformers 5.24.0 reads this off the output of Llama 4's text model, which has none, so that every forward failed.
 if not hasattr(MoeCausalLMOutputWithPast, "image_outputs"):
     MoeCausalLMOutputWithPast.image_outputs = None
 

@@ -2,16 +2,17 @@
 
 import importlib
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+import transformers
+from transformers import AutoConfig
 
 from .configuration_care import CareConfig
-from .modeling_care import CareForConditionalGeneration
+from .modeling_care import AUTO_CLASSES, CareForConditionalGeneration
 
 __version__ = "0.1.0"
 
 AutoConfig.register(CareConfig.model_type, CareConfig)
-for _auto in (AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM):
-    _auto.register(CareConfig, CareForConditionalGeneration)
+for _auto in AUTO_CLASSES:
+    getattr(transformers, _auto).register(CareConfig, CareForConditionalGeneration)
 
 # Loaded on first use: `import care_hf` should cost no more than what loading a checkpoint needs.
 _LAZY = {
@@ -26,6 +27,7 @@ _LAZY = {
     "evaluate": "evaluation",
     "fit": "fitting",
     "load_testbed": "testbed",
+    "name_places": "sites",
     "trace": "tracing",
 }
 

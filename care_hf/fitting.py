@@ -22,7 +22,7 @@ from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, generation_prompt, load_samples
 from .site_choice import with_chosen_sites
-from .sites import Site, hidden_size, image_token_ids, record
+from .sites import Site, hidden_size, record, visual_token_ids
 from .subspace import SafetySubspaces, fit_subspaces
 from .turn_repair import solve_turns
 from .turns import Turns, record_turns
@@ -257,7 +257,7 @@ class _Collector:
 
     def __init__(self, model: PreTrainedModel, processor, recipe: Recipe, sites: Sequence[Site]):
         self.model, self.processor, self.recipe, self.sites = model, processor, recipe, sites
-        self.image_tokens = image_token_ids(model.config)
+        self.image_tokens = visual_token_ids(model.config)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.generator_state = self.generator.get_state()
         self.whole = True
@@ -273,8 +273,8 @@ class _Collector:
             raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={dimension}; lower the rank.")
         if "visual" in recipe.modalities and not self.image_tokens:
             raise ValueError(
-                f"The configuration of {type(self.model).__name__} names no image token, so visual tokens cannot be "
-                "told; use Recipe(modalities=('text',))."
+                f"The configuration of {type(self.model).__name__} names no token in whose place images are, so visual "
+                "tokens cannot be told; use Recipe(modalities=('text',))."
             )
         _check_disjoint(samples)
         for name, items in samples.items():

@@ -1,11 +1,19 @@
 """The wrapper: a base vision-language model whose chosen modules repair their outputs, and its fail-closed loading."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -14,11 +22,13 @@ from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .projection import SafetyProjection, Subspace
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
-from .sites import Site, hidden_size, image_token_ids, site_module
+from .sites import Site, hidden_size, image_token_ids, site_module, visual_token_ids
 
 logger = logging.get_logger(__name__)
 
-AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+# What loads a base, the first that knows it; all load a repaired model, and so does AutoModel.
+BASE_CLASSES = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+AUTO_CLASSES = ("AutoModel", *(auto.__name__ for auto in BASE_CLASSES))
 
 
 class Switch:
@@ -59,18 +69,22 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CareConfig, vlm: PreTrainedModel | None = None):
         super().__init__(config)
         self.processor = None
-        self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
+        self.vlm = _auto_class(config.vlm_config).from_config(config.vlm_config) if vlm is None else vlm
         layers = sorted({Site.parse(entry["site"]).layer for entry in config.sites})
         self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
-        self.care_state = RepairState()
+        self.care_state = RepairState(
+            config.gate["prompt_end"] if config.gate else (),
+            image_token_ids(config.vlm_config),
+            visual_token_ids(config.vlm_config) if self._tells_visual_tokens_apart() else (),
+        )
         self._no_split_modules = list(self.vlm._no_split_modules or [])
+        self._skip_keys_device_placement = self.vlm._skip_keys_device_placement
         for entry in config.sites:
             self._repair_site(entry)
         if config.gate:
             gate = config.gate
             module = self._guarded(Site.parse(gate["site"]))
             module.care_gate = GateReader(hidden_size(self.vlm), gate["required"], gate["alarms"], gate["pictured"])
-            self.care_state.prompt_end = tuple(gate["prompt_end"])
         self._keep_in_fp32_modules_strict = [
             f"{name}.{leaf}"
             for name, module in self.named_modules()
@@ -78,19 +92,17 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for leaf, buffer in module.named_buffers()
             if buffer.is_floating_point()
         ]
-        self.care_state.routed = self._tells_visual_tokens_apart()
-        if self.care_state.routed or config.gate:
-            watch_forwards(self.vlm, self.care_state)
+        watch_forwards(self.vlm, self.care_state)
         self.post_init()
 
     def _tells_visual_tokens_apart(self) -> bool:
         by_modality = any(set(entry["ranks"]) & {"visual", "text"} for entry in self.config.sites)
         if self.config.fusion != "route" or not by_modality:
             return False
-        if not image_token_ids(self.config):
+        if not visual_token_ids(self.config):
             raise ValueError(
                 f"Fusion 'route' needs to know the image tokens, and the configuration of {type(self.vlm).__name__} "
-                "names none; choose another fusion."
+                "names none in whose place images are; choose another fusion."
             )
         return True
 
@@ -122,11 +134,11 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Repair `model`; it stays as it is itself, and the result shares every one of its weights.
 
         Args:
-            model: any vision-language model with a decoder-only text part.
+            model: any vision-language or language model with a decoder-only text part.
             subspaces: a `SafetySubspaces`.
 
         Raises:
-            TypeError: the model is repaired already.
+            TypeError: the model is repaired already, or of a class that no Auto class loads.
             ValueError: no sites, a site that the model does not have, bases or a gate of another hidden size, or a gate
                 that would decide after a repair that asks it.
         """
@@ -134,6 +146,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise TypeError("The model is repaired already; repair its base, or fit one repair with all sites.")
         if not subspaces.sites:
             raise ValueError("There are no sites to repair; give at least one.")
+        _check_class(model)
         _check_sizes(model, subspaces)
         vlm = copy_structure(model)
         sites = [
@@ -269,17 +282,23 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """The base's `generate`, repaired; warns of prompts in which a gate finds no end, and so repairs nothing."""
-        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        if self.config.gate and self.care_state.enabled and isinstance(ids, torch.Tensor):
-            end = self.config.gate["prompt_end"]
-            open_ended = int((~prompt_ends(ids, end).any(dim=1)).sum())
-            if open_ended:
-                logger.warning(
-                    f"{open_ended} of {len(ids)} prompts hold no generation prompt (token ids {end}), so that the gate "
-                    "cannot decide and they are answered unrepaired; write them with the chat template and "
-                    "add_generation_prompt=True."
-                )
-        return self.vlm.generate(*args, **kwargs)
+        given = inspect.signature(self.vlm.generate).bind_partial(*args, **kwargs).arguments
+        given = {**given.get("kwargs", {}), **given}
+        ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
+        if ids is not None and self.config.gate and self.care_state.enabled:
+            self._warn_of_open_ends(ids)
+        with self.care_state.answering(ids):
+            return self.vlm.generate(*args, **kwargs)
+
+    def _warn_of_open_ends(self, ids: torch.Tensor) -> None:
+        end = self.config.gate["prompt_end"]
+        open_ended = int((~prompt_ends(ids, end).any(dim=1)).sum())
+        if open_ended:
+            logger.warning(
+                f"{open_ended} of {len(ids)} prompts hold no generation prompt (token ids {end}), so that the gate "
+                "cannot decide and they are answered unrepaired; write them with the chat template and "
+                "add_generation_prompt=True."
+            )
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """The base's."""
@@ -344,6 +363,34 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 def _of_the_repair(key: str) -> bool:
     return ".care." in key or ".care_gate." in key or key == "layers"
+
+
+def _auto_class(config: PreTrainedConfig):
+    """The Auto class that builds a base from its configuration.
+
+    Raises:
+        TypeError: none does.
+    """
+    for auto in BASE_CLASSES:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise TypeError(
+        f"No model for a {type(config).__name__} is known to {', '.join(auto.__name__ for auto in BASE_CLASSES)}, so "
+        "that what is repaired could not be loaded again; register the classes of the base with them, or update "
+        "transformers."
+    )
+
+
+def _check_class(model: PreTrainedModel) -> None:
+    """Assert that what is loaded from a repaired checkpoint would be the model that was repaired."""
+    auto = _auto_class(model.config)
+    expected = auto._model_mapping[type(model.config)]
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    if not isinstance(model, expected):
+        raise TypeError(
+            f"A {type(model).__name__} cannot be repaired: loaded again, it would be a {expected[0].__name__}; load "
+            f"the base with {auto.__name__}."
+        )
 
 
 def _check_sizes(model: PreTrainedModel, subspaces) -> None:

@@ -7,15 +7,15 @@ keys are.
 
 import inspect
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .gating import prompt_ends, turn_steps
-from .sites import image_token_ids
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -29,12 +29,13 @@ class RepairState:
     Attributes:
         enabled: whether modules repair; no file keeps it.
         prompt_end: the ids that end a prompt; empty unless there is a gate.
-        routed: whether visual tokens are repaired otherwise than those of the text.
+        image_tokens: the ids that stand for an image.
+        routed: those of visual tokens, if they are repaired otherwise than the text; else empty.
     """
 
-    def __init__(self):
-        self.enabled, self.routed = True, False
-        self.prompt_end: tuple[int, ...] = ()
+    def __init__(self, prompt_end: Sequence[int] = (), image_tokens: Sequence[int] = (), routed: Sequence[int] = ()):
+        self.enabled = True
+        self.prompt_end, self.image_tokens, self.routed = tuple(prompt_end), tuple(image_tokens), tuple(routed)
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -56,8 +57,38 @@ class RepairState:
         else:
             self._by_thread.forward = forward
 
+    @contextmanager
+    def answering(self, ids: torch.Tensor | None) -> Iterator[None]:
+        """While entered, prompts that are given as embeddings alone are those of `ids` (B, S)."""
+        before = self._prompts
+        self._by_thread.prompts = ids
+        try:
+            yield
+        finally:
+            self._by_thread.prompts = before
+
+    @property
+    def _prompts(self) -> torch.Tensor | None:
+        return None if torch.compiler.is_compiling() else getattr(self._by_thread, "prompts", None)
+
+    def ids_of(self, model: PreTrainedModel, embeddings: torch.Tensor) -> torch.Tensor:
+        """The ids (B, S) of the tokens that matter in embeddings (B, S, d), -1 for others; see `answering`.
+
+        Raises:
+            ValueError: images cannot be told in what a language model was given alone.
+        """
+        ids, (rows, length) = self._prompts, embeddings.shape[:2]
+        if ids is not None and ids.shape[1] == length and rows % len(ids) == 0:
+            return ids.repeat_interleave(rows // len(ids), dim=0)  # beams lie side by side
+        if not model.care_whole:
+            raise ValueError(
+                f"The {type(model).__name__} inside was given embeddings alone, in which images cannot be told; "
+                "call `generate` of the repaired model with its input_ids."
+            )
+        return _ids_of_embeddings(model, embeddings, {*self.prompt_end, *self.image_tokens})
+
     def __getstate__(self):
-        return {"enabled": self.enabled, "prompt_end": self.prompt_end, "routed": self.routed}
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -68,29 +99,33 @@ class Forward:
     """What the modules know while a forward lasts, and while gradient checkpointing runs parts of it again.
 
     Attributes:
+        model: what was called; None if no forward is going on.
         visual_mask: bool (B, S), True at image and video tokens; None unless a fusion needs it.
         pictured: bool (B, S), whether there is an image up to a token; None unless there is a gate.
         steps: int64 (B, S), as `gating.turn_steps` counts them; None unless there is a gate.
         held_steps: the same, but -1 wherever the gate did not fire.
     """
 
-    def __init__(self, prompt_end: tuple[int, ...] = ()):
+    def __init__(self, model: PreTrainedModel | None = None, prompt_end: tuple[int, ...] = ()):
+        self.model = model
         self.visual_mask = self.pictured = self.steps = self.held_steps = None
         self._prompt_end = prompt_end
         self._ids = self._entry = self._cache = self._layer = None
 
-    def begin(self, vlm: nn.Module, args: tuple, kwargs: dict[str, Any], routed: bool) -> None:
-        """Take what a forward was called with: its tokens and its cache."""
-        given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
+    @classmethod
+    def of_call(cls, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], state: RepairState) -> "Forward":
+        """What is known of a call of `model`: its tokens and its cache."""
+        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
         given = {**given, **given.get("kwargs", {})}
-        images = image_token_ids(vlm.config)
-        self._ids = given.get("input_ids")
-        if self._ids is None:
-            self._ids = _ids_of_embeddings(vlm, given["inputs_embeds"], {*self._prompt_end, *images})
-        if routed:
-            self.visual_mask = _among(self._ids, images)
-        if self._prompt_end:
-            self._begin_turns(given, images)
+        forward = cls(model, state.prompt_end)
+        forward._ids = given.get("input_ids")
+        if forward._ids is None:
+            forward._ids = state.ids_of(model, given["inputs_embeds"])
+        if state.routed:
+            forward.visual_mask = _among(forward._ids, state.routed)
+        if state.prompt_end:
+            forward._begin_turns(given, state.image_tokens)
+        return forward
 
     def _begin_turns(self, given: dict[str, Any], images: tuple[int, ...]) -> None:
         if given.get("cu_seq_lens_q") is not None:
@@ -177,30 +212,37 @@ class RecallingCheckpoint:
         return self.checkpoint(recalling, *args, **kwargs)
 
 
-def watch_forwards(vlm: nn.Module, state: RepairState) -> None:
-    """Have every forward of `vlm` begin and end with `state`."""
-    vlm.care_state = state
-    vlm.register_forward_pre_hook(_begin, with_kwargs=True)
-    vlm.register_forward_hook(_end, always_call=True)
+def watch_forwards(vlm: PreTrainedModel, state: RepairState) -> None:
+    """Have every forward of `vlm` begin and end with `state`, if the repair needs to be told anything.
+
+    So does every forward of a language model in it that may answer alone: InstructBLIP hands it embeddings to generate
+    from.
+    """
+    if not state.prompt_end and not state.routed:
+        return
+    answering = getattr(vlm, "language_model", None)
+    for model in (vlm, answering) if isinstance(answering, GenerationMixin) else (vlm,):
+        model.care_state, model.care_whole = state, model is vlm
+        model.register_forward_pre_hook(_begin, with_kwargs=True)
+        model.register_forward_hook(_end, always_call=True)
 
 
 # Hooks are functions of this module that find the state on the model, so that deepcopy and pickle work.
 
 
-def _begin(vlm: nn.Module, args, kwargs) -> None:
-    state = vlm.care_state
-    if state.enabled:
+def _begin(model: PreTrainedModel, args, kwargs) -> None:
+    state = model.care_state
+    if state.enabled and state.now.model is None:
         # A new one each time: gradient checkpointing holds on to what the modules knew.
-        forward = Forward(state.prompt_end)
-        forward.begin(vlm, args, kwargs, state.routed)
-        state.now = forward
+        state.now = Forward.of_call(model, args, kwargs, state)
 
 
-def _end(vlm: nn.Module, args, output) -> None:
-    state = vlm.care_state
-    if state.enabled and output is not None:  # there is none if the forward failed
-        state.now.end(output)
-    state.now = Forward()
+def _end(model: PreTrainedModel, args, output) -> None:
+    state = model.care_state
+    if state.now.model is model:
+        if output is not None:  # there is none if the forward failed
+            state.now.end(output)
+        state.now = Forward()
 
 
 def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
@@ -210,9 +252,9 @@ def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
     return found
 
 
-def _ids_of_embeddings(vlm: nn.Module, embeddings: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
+def _ids_of_embeddings(model: PreTrainedModel, embeddings: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
     """The ids of some tokens, found by their embeddings as the base finds its placeholders; -1 for all others."""
-    ids, embed = torch.full(embeddings.shape[:2], -1, device=embeddings.device), vlm.get_input_embeddings()
+    ids, embed = torch.full(embeddings.shape[:2], -1, device=embeddings.device), model.get_input_embeddings()
     for token in tokens:
         placeholder = embed(torch.tensor(token, device=embeddings.device))
         ids = torch.where((embeddings == placeholder).all(-1), token, ids)

@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from .blocking import Blocker
 from .interventions import forward_replaced, rewritten
 from .sites import Site, output_tensor, replace_output
-from .undisturbed import ATTENTION, NotReplayable, Undisturbed, inner
+from .undisturbed import ATTENTION, NotReplayable, Undisturbed, cache_keyword, inner
 
 __all__ = ["NotReplayable", "Replay"]
 
@@ -115,7 +115,8 @@ class Replay:
         place = torch.cat([base.positions, base.positions[..., -1:] + later], dim=-1)
         ids = torch.cat([base.ids, draft[:, :-1]], dim=1)
         inputs = {"input_ids": ids, "attention_mask": shown, "position_ids": place}
-        return self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=draft.shape[1]).logits
+        inputs[cache_keyword(self.model)] = cache
+        return self.model(**inputs, use_cache=True, logits_to_keep=draft.shape[1]).logits
 
     @torch.no_grad()
     def _judge_draft(self, blocker: Blocker) -> _Changed:

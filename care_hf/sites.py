@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 COMPONENTS = ("ffn", "attention", "residual")
+PLACES = "care_places"  # where a configuration keeps what `name_places` was told
 
 # The first of these that a layer has is what it adds to the residual stream, so a norm after the block comes first.
 FFN_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe", "fc2")
@@ -56,21 +57,61 @@ def runs_before(first: Site, second: Site) -> bool:
     return (first.layer, order.index(first.component)) <= (second.layer, order.index(second.component))
 
 
+def name_places(model: nn.Module, layers: str, ffn: str | None = None, attention: str | None = None) -> None:
+    """Say by hand where a model keeps its decoder, if it cannot be told; kept in its configuration and so when saved.
+
+    Args:
+        model: any model of transformers.
+        layers: where the list of decoder layers is, as a path from the model: "transformer.blocks".
+        ffn: what, as a path from a layer, puts out what the FFN adds to the residual stream: "ff.norm".
+        attention: the same of attention.
+
+    Raises:
+        ValueError: there is nothing of that name.
+    """
+    found = _submodule(model, layers)
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        raise ValueError(f"layers={layers!r} is no list of modules of {type(model).__name__}; {_children(model)}.")
+    for name, path in (("ffn", ffn), ("attention", attention)):
+        missing = [index for index, layer in enumerate(found) if path and _submodule(layer, path) is None]
+        if missing:
+            raise ValueError(
+                f"{name}={path!r} is no module of decoder layers {missing}; {_children(found[missing[0]])}."
+            )
+    setattr(model.config, PLACES, {"layers": layers, "ffn": ffn, "attention": attention})
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _children(module: nn.Module) -> str:
+    return f"it has {', '.join(name for name, _ in module.named_children())}"
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the text decoder, never those of the vision tower.
 
     Raises:
-        ValueError: the decoder has no list of as many layers as its configuration says.
+        ValueError: they cannot be told.
     """
-    decoder = model.get_decoder()
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
+    model = getattr(model, "vlm", model)  # paths begin at the base
+    named = getattr(model.config, PLACES, None)
+    if named:
+        return _submodule(model, named["layers"])
+    decoder, depth = model.get_decoder(), getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+    outermost = [m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) != 1 or model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(decoder).__name__} has no list of {depth} layers, so the decoder of {type(model).__name__} cannot "
-            "be told; models with a decoder-only text part are supported."
+            f"The decoder of {type(model).__name__} cannot be told: looked for one list of {depth} layers "
+            f"(`num_hidden_layers` of the text configuration) in {type(decoder).__name__} (`get_decoder()`), and found "
+            f"{sorted(lists) or 'none'}. If its text part is decoder-only, say where it is: "
+            "care_hf.name_places(model, layers='path.to.layers')."
         )
-    return lists[0]
+    return outermost[0]
 
 
 def site_module(model: nn.Module, site: Site) -> nn.Module:
@@ -89,19 +130,34 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
         raise ValueError(
             f"Site {site}: layer {site.layer} is a gated cross-attention layer; use the component 'residual'."
         )
-    names = FFN_NAMES if site.component == "ffn" else _attention_names(layer)
-    for name in names:
-        module = getattr(layer, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    raise ValueError(f"Site {site}: {type(layer).__name__} has none of {names}; use the component 'residual'.")
+    named = (getattr(model.config, PLACES, None) or {}).get(site.component)
+    names = (named,) if named else _ffn_names(layer) if site.component == "ffn" else _attention_names(layer)
+    module = next((found for name in names if (found := _submodule(layer, name)) is not None), None)
+    if module is None:
+        raise ValueError(
+            f"Site {site}: looked for {names} in {type(layer).__name__}, and {_children(layer)}. Use the component "
+            f"'residual', or say which puts out what is added to the residual stream: "
+            f"care_hf.name_places(model, layers=..., {site.component}='name')."
+        )
+    return module
+
+
+def _ffn_names(layer: nn.Module) -> tuple[str, ...]:
+    return ("post_attention_layernorm",) if _norms_outputs(layer) else FFN_NAMES
 
 
 def _attention_names(layer: nn.Module) -> tuple[str, ...]:
-    # In most families `post_attention_layernorm` is the norm before the FFN; in Gemma's, which have another one for
-    # that, it is the norm of what attention adds.
-    sandwich = hasattr(layer, "pre_feedforward_layernorm")
+    if _norms_outputs(layer):
+        return ("input_layernorm",)
+    # In most families `post_attention_layernorm` is the norm before the FFN; in those with a norm of what the FFN adds
+    # it is the norm of what attention adds.
+    sandwich = hasattr(layer, "post_feedforward_layernorm")
     return ("post_attention_layernorm", *ATTENTION_NAMES) if sandwich else ATTENTION_NAMES
+
+
+def _norms_outputs(layer: nn.Module) -> bool:
+    """Whether norms that are named for inputs norm what is added, as in Chameleon-30B."""
+    return "SwinDecoderLayer" in type(layer).__name__
 
 
 def hidden_size(model: nn.Module) -> int:
@@ -113,7 +169,17 @@ def image_token_ids(config: Any) -> tuple[int, ...]:
     """The ids of image and video placeholders that the configuration names; empty if the model has none in its text."""
     names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
     ids = [getattr(config, name, None) for name in names]
+    ids.append((getattr(config, "vocabulary_map", None) or {}).get("<image>"))  # Chameleon's
     return tuple(dict.fromkeys(i for i in ids if isinstance(i, int)))
+
+
+def visual_token_ids(config: Any) -> tuple[int, ...]:
+    """The ids of tokens in whose place images and videos are.
+
+    None in Mllama: its images are not in the sequence, and what stands for one there is a token of the text.
+    """
+    by_cross_attention = getattr(config.get_text_config(), "cross_attention_layers", None)
+    return () if by_cross_attention else image_token_ids(config)
 
 
 def output_tensor(output: Any) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Undisturbed:
         self.positions = seen[0] if seen else positions
         if self.positions.shape[-2:] != self.mask.shape:
             raise NotReplayable(f"its positions have the shape {tuple(self.positions.shape)}.")
-        self.cache = getattr(found, "past_key_values", None)
+        self.cache = found.get(cache_keyword(self.model))
         self._check_cache()
         first = found.logits[:, -1]
         steps = torch.zeros(len(self.mask), dtype=torch.int64, device=self.mask.device)
@@ -129,7 +129,8 @@ class Undisturbed:
             before(steps + len(said) - 1)
             at = position + (steps + len(said))[:, None]
             inputs = {"input_ids": said[-1][:, None], "attention_mask": mask, "position_ids": at}
-            found = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            inputs[cache_keyword(self.model)] = cache
+            found = self.model(**inputs, use_cache=True, logits_to_keep=1)
             said.append(found.logits[:, -1].argmax(dim=-1).where(~ended, self.pad))
 
     @contextmanager
@@ -166,6 +167,11 @@ def inner(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     """The first submodule of `layer` that has one of these names."""
     found = (getattr(layer, name, None) for name in names)
     return next((module for module in found if isinstance(module, nn.Module)), None)
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What `model` calls its cache: "cache" since transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _check_calls(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> None:

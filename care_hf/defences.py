@@ -11,6 +11,7 @@ from torch import nn
 
 from .modeling_care import CareForConditionalGeneration
 from .resume import model_fingerprint
+from .samples import tokenizer_of
 from .subspace import SafetySubspaces
 
 
@@ -107,8 +108,8 @@ class CannedRefusal:
 
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
         """See `Defence`."""
-        ids = processor.tokenizer(self.refusal, add_special_tokens=False)["input_ids"]
-        return contextlib.nullcontext(_Canned(model, self.subspaces, ids, processor.tokenizer.pad_token_id))
+        ids = tokenizer_of(processor)(self.refusal, add_special_tokens=False)["input_ids"]
+        return contextlib.nullcontext(_Canned(model, self.subspaces, ids, tokenizer_of(processor).pad_token_id))
 
 
 class _Canned(nn.Module):

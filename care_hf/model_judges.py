@@ -15,6 +15,7 @@ import torch
 from .continuations import log_probabilities
 from .judge_styles import STYLES, ClassifierStyle
 from .judges import is_refusal
+from .samples import tokenizer_of
 from .suite import Case
 
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -51,7 +52,7 @@ class ClassifierJudge:
         if isinstance(style, str) and style not in STYLES:
             raise ValueError(f"style={style!r} is not known; choose one of {tuple(STYLES)}, or give a ClassifierStyle.")
         _check_ready(model, batch_size)
-        self.model, self.tokenizer = model, getattr(processor, "tokenizer", processor)
+        self.model, self.tokenizer = model, tokenizer_of(processor)
         self.style = STYLES[style] if isinstance(style, str) else style
         self.name = name or (style if isinstance(style, str) else "classifier")
         self.batch_size, self.source = batch_size, dict(source or {})

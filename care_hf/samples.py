@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
+from transformers import InstructBlipProcessor, PaliGemmaProcessor, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 TEXT_COLUMNS = ("text", "prompt", "question", "query")
+PICTURE_READERS = (PaliGemmaProcessor, InstructBlipProcessor)  # take no prompts without an image
 IGNORED = -100  # the label that transformers' losses leave out
 ACCEPTED = (
     "a datasets.Dataset, a list of chat conversations in transformers' multimodal format, or a list of dicts with "
@@ -217,7 +219,7 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     """Tokenise and pad `samples` into one `Batch`, each row ending where the answer would begin.
 
     Args:
-        processor: a transformers processor with a chat template.
+        processor: a transformers processor or, for a model of text alone, tokenizer, with a chat template.
         samples: the prompts; with and without images may be mixed.
         image_tokens: the ids of image and video placeholders (`sites.image_token_ids`).
         padding_side: "left" to generate (the last prompt token of every row is the last column), "right" to read
@@ -226,28 +228,47 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     Raises:
         ValueError: the processor has no chat template.
     """
-    _check_template(processor)
-    inputs = processor.apply_chat_template(
-        [sample.messages for sample in samples],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": padding_side},
-    )
+    inputs = chat(processor, [sample.messages for sample in samples], padding_side, add_generation_prompt=True)
     ids = inputs["input_ids"]
     visual = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
-    control = torch.tensor(sorted(processor.tokenizer.all_special_ids), dtype=ids.dtype)
+    control = torch.tensor(sorted(tokenizer_of(processor).all_special_ids), dtype=ids.dtype)
     text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
-    return Batch(dict(inputs), visual, text)
+    return Batch(inputs, visual, text)
 
 
-def _check_template(processor) -> None:
+def tokenizer_of(processor):
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def chat(processor, conversations: Sequence[Sequence[dict]], padding_side: str, **options) -> dict[str, torch.Tensor]:
+    """Conversations in transformers' multimodal format as padded model inputs; `options` go to the chat template.
+
+    Raises:
+        ValueError: the processor has no chat template, or a prompt has an image and the processor is a tokenizer.
+    """
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
             f"{type(processor).__name__} has no chat template, so prompts cannot be written as this model expects "
             "them; set `processor.chat_template`."
         )
+    options |= {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    if isinstance(processor, PreTrainedTokenizerBase):
+        options |= {"padding": True, "tokenizer_kwargs": {"padding_side": padding_side}}
+        conversations = [[_as_plain_text(message) for message in messages] for messages in conversations]
+    else:
+        options["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
+    inputs = processor.apply_chat_template(list(conversations), **options)
+    # PaliGemma's processor gives some whether asked or not.
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def _as_plain_text(message: dict[str, Any]) -> dict[str, Any]:
+    if any(part["type"] != "text" for part in message["content"]):
+        raise ValueError(
+            "A prompt has an image, and the processor is a tokenizer; give the processor of the vision-language model."
+        )
+    return {**message, "content": "".join(part["text"] for part in message["content"])}
 
 
 def generation_prompt(processor) -> tuple[int, ...]:
@@ -256,20 +277,19 @@ def generation_prompt(processor) -> tuple[int, ...]:
     Raises:
         ValueError: there is no chat template, or it adds nothing to a prompt.
     """
-    message = Sample([{"role": "user", "content": [{"type": "text", "text": "?"}]}])
-    _check_template(processor)
+    content = [{"type": "text", "text": "?"}]
+    if isinstance(processor, PICTURE_READERS):
+        content.insert(0, {"type": "image", "image": Image.new("RGB", (64, 64))})
+    messages = [[{"role": "user", "content": content}]]
     without, whole = (
-        processor.apply_chat_template([message.messages], add_generation_prompt=add, tokenize=True, return_dict=True)[
-            "input_ids"
-        ][0]
-        for add in (False, True)
+        chat(processor, messages, "left", add_generation_prompt=add)["input_ids"][0].tolist() for add in (False, True)
     )
-    if list(whole[: len(without)]) != list(without) or len(whole) == len(without):
+    if whole[: len(without)] != without or len(whole) == len(without):
         raise ValueError(
             f"The chat template of {type(processor).__name__} does not end a prompt by a generation prompt of its own, "
             "so the gate could not tell where prompts end; give it a template with `add_generation_prompt`."
         )
-    return tuple(map(int, whole[len(without) :]))
+    return tuple(whole[len(without) :])
 
 
 def answered(
@@ -283,7 +303,7 @@ def answered(
         answers: one per sample; tokenised apart from the prompt, so that both are what `generate` sees and gives.
         end: whether the end-of-sequence token follows each answer and is labelled, too.
     """
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     prompts = collate(processor, [Sample(s.messages) for s in samples], (), padding_side="right").inputs
     begins = prompts["attention_mask"].sum(dim=1).tolist()
     ends = [tokenizer.eos_token_id] if end else []
@@ -298,7 +318,14 @@ def answered(
     # In `collate`'s padding lie pad tokens, in this function's zeros: both are masked.
     inputs["input_ids"] = torch.where(labels != IGNORED, labels, inputs["input_ids"])
     inputs["attention_mask"] = inputs["attention_mask"] | (labels != IGNORED)
+    mark_answers(processor, inputs, labels)
     return inputs, labels
+
+
+def mark_answers(processor, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
+    """Have answers, where `labels` are not `IGNORED`, read from left to right; PaliGemma reads prompts both ways."""
+    if isinstance(processor, PaliGemmaProcessor):
+        inputs["token_type_ids"] = torch.where(labels != IGNORED, 1, inputs["token_type_ids"])
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:

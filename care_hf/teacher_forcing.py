@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .samples import Batch, Sample, collate, load_image
+from .samples import IGNORED, Batch, Sample, chat, collate, load_image, mark_answers
 from .sites import image_token_ids
 
 TOLERANCE = 1e-4  # of pixel values, whose grey levels lie about 0.01 apart
@@ -61,14 +61,8 @@ def encode(model: nn.Module, processor, prompts: Sequence[Sample], targets: Sequ
     prompt = collate(processor, prompts, image_token_ids(model.config), padding_side="right")
     answers = [{"role": "assistant", "content": [{"type": "text", "text": target}]} for target in targets]
     # Prompt and answer are tokenised as one text: that is what the model was trained on.
-    inputs = processor.apply_chat_template(
-        [[*sample.messages, answer] for sample, answer in zip(prompts, answers, strict=True)],
-        continue_final_message=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "right"},
-    )
+    turns = [[*sample.messages, answer] for sample, answer in zip(prompts, answers, strict=True)]
+    inputs = chat(processor, turns, "right", continue_final_message=True)
     ids, before = inputs["input_ids"], prompt.inputs["input_ids"]
     starts, ends = (mask.sum(1) for mask in (prompt.inputs["attention_mask"], inputs["attention_mask"]))
     for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -78,7 +72,8 @@ def encode(model: nn.Module, processor, prompts: Sequence[Sample], targets: Sequ
                 "the loss would be that of something else; give a target that is not empty, or another template."
             )
     column = torch.arange(ids.shape[1])
-    labels = torch.where((column >= starts[:, None]) & (column < ends[:, None]), ids, -100)
+    labels = torch.where((column >= starts[:, None]) & (column < ends[:, None]), ids, IGNORED)
+    mark_answers(processor, inputs, labels)
     pixels = torch.stack([torch.from_numpy(np.array(load_image(s.images[0]))).permute(2, 0, 1) for s in prompts])
     _check_preprocessing(processor, pixels, inputs.get("pixel_values", torch.empty(0)))
     added = ids.shape[1] - before.shape[1]
@@ -91,10 +86,10 @@ def target_losses(model: nn.Module, processor, clean: TargetBatch, pixels: torch
     """``-log p(target | prompt)`` (B,) with the images `pixels` (B, 3, H, W) in [0, 255], by teacher forcing."""
     values = differentiable_pixel_values(processor, pixels).to(model.device)
     logits = model(**clean.batch.inputs, pixel_values=values, use_cache=False).logits
-    first = int((clean.labels != -100).int().argmax(1).min())  # before it no row has a target
+    first = int((clean.labels != IGNORED).int().argmax(1).min())  # before it no row has a target
     logits = logits[:, first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
     labels = clean.labels[:, first:].to(logits.device)
-    return nn.functional.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none").sum(1)
+    return nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(1)
 
 
 def _check_preprocessing(processor, pixels: torch.Tensor, expected: torch.Tensor) -> None:

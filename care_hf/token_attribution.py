@@ -12,7 +12,7 @@ from .attribution import text_scores, visual_scores
 from .attribution_figures import ROUNDING, tokens_html
 from .image_grids import ImageGrid, image_grids
 from .interventions import evaluating
-from .samples import IGNORED, Batch, Sample, answered, collate, load_samples
+from .samples import IGNORED, Batch, Sample, answered, collate, load_samples, tokenizer_of
 from .sites import Site, decoder_layers, image_token_ids, record, site_module
 from .token_ablation import ablated_log_probabilities
 
@@ -184,7 +184,7 @@ def attribute(
             chosen = labels[0][labels[0] != IGNORED]
             log_ps = ablated_log_probabilities(model, inputs, chosen, batch, positions, place, batch_size)
             scores, log_p = log_ps[0] - log_ps[1:], float(log_ps[0])
-    tokens = _token_texts(processor.tokenizer, batch.inputs["input_ids"][0].tolist(), positions.tolist())
+    tokens = _token_texts(tokenizer_of(processor), batch.inputs["input_ids"][0].tolist(), positions.tolist())
     where = EMBEDDING if place is None else str(place)
     return TokenAttribution(tokens, positions, visual, scores.float(), method, where, answer, log_p, images)
 
@@ -216,7 +216,7 @@ def _site(model: nn.Module, site: Site | str | None, method: str) -> Site | None
 def _answer(model, processor, sample: Sample, answer: str | None, max_new_tokens: int) -> str:
     own = answer is None
     answer = generate_answers(model, processor, [sample], max_new_tokens)[0] if own else answer
-    if not processor.tokenizer(answer, add_special_tokens=False)["input_ids"]:
+    if not tokenizer_of(processor)(answer, add_special_tokens=False)["input_ids"]:
         whose = "The model's own answer to this prompt" if own else "`answer`"
         raise ValueError(f"{whose} is empty ({answer!r}), so no token can speak for it; give a text as `answer=`.")
     return answer

@@ -21,6 +21,7 @@ from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, generation_prompt, load_samples
+from .site_check import check_contributions
 from .site_choice import with_chosen_sites
 from .sites import Site, hidden_size, record, visual_token_ids
 from .subspace import SafetySubspaces, fit_subspaces
@@ -228,6 +229,7 @@ def collect(
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     collector = _Collector(model, processor, recipe, sites)
     collector.check(samples)
+    check_contributions(model, sites, collate(processor, samples["benign"][: recipe.batch_size], ()).inputs)
     checkpoint = Path(resume) if resume else None
     settings = {name: value for name, value in recipe.to_dict().items() if name in COLLECTING_FIELDS}
     fingerprint = resuming.fingerprint(model, processor, samples, settings)

@@ -14,7 +14,8 @@ from . import resume as resuming
 from .answers import generate_answers
 from .detectors import Cell, Prompts
 from .recipe import Recipe
-from .samples import IGNORED, Sample, Samples, answered, generation_prompt
+from .samples import IGNORED, Sample, Samples, answered, collate, generation_prompt
+from .site_check import check_contributions
 from .sites import Site, hidden_size, record
 
 MIN_REFUSED = 16  # of which a mean is taken for an anchor
@@ -79,6 +80,7 @@ def record_turns(
     """
     settings = {name: value for name, value in recipe.to_dict().items() if name in RECORDING_FIELDS}
     recorder = _Recorder(model, processor, recipe)
+    check_contributions(model, recorder.sites, collate(processor, samples["benign"][: recipe.batch_size], ()).inputs)
     of = resuming.fingerprint(model, processor, samples, {**settings, "refused": known_refused})
     if resume and resume.exists():
         recorder.load(*resuming.load(resume, of))

@@ -28,7 +28,7 @@ ORDER = [
     {"gating", "judges", "report", "rows", "attack_prompts", "interventions", "contrasts", "trace_results"},
     {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
     {"configuration_care", "repair_state", "detectors", "teacher_forcing", "data_settings"},
-    {"repaired_module", "loaders", "token_ablation", "blocking", "neuron_runs", "separability"},
+    {"repaired_module", "loaders", "token_ablation", "blocking", "neuron_runs", "separability", "site_check"},
     {"undisturbed", "pair_runs"},
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},

@@ -112,8 +112,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         module.__class__ = care_class(type(module))
         module.care = module.care_gate = None
         module.care_state, module.care_scope = self.care_state, self.config.scope
-        if "_old_forward" in module.__dict__:  # accelerate's hooks call a forward that they bound before
-            module._old_forward = type(module).forward.__get__(module)
+        if "forward" in module.__dict__:  # accelerate's, set before the class was swapped
+            module.forward = module.__dict__["forward"]
         return module
 
     @classmethod

@@ -278,7 +278,25 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                     "cannot decide and they are answered unrepaired; write them with the chat template and "
                     "add_generation_prompt=True."
                 )
+        self._tell_base_how_it_is_spread()
+        return self._generate(*args, **kwargs)
+
+    def _generate(self, *args, **kwargs):
         return self.vlm.generate(*args, **kwargs)
+
+    def _tell_base_how_it_is_spread(self) -> None:
+        """Let the base's `generate` know what transformers and torch noted on the whole model only."""
+        for name in ("hf_device_map", "_tp_size", "_is_fsdp_managed_module"):
+            if name in self.__dict__:
+                setattr(self.vlm, name, getattr(self, name))
+        if "_tp_size" in self.__dict__:
+            self.vlm._tp_plan = {name.removeprefix("vlm."): style for name, style in self._tp_plan.items()}
+        if hasattr(self, "_get_fsdp_state"):  # after torch's fully_shard
+            self.vlm._is_fsdp_managed_module = True  # processes that are done go on for those that are not
+            if "_generate" not in self.__dict__:  # the model's own weights are gathered where one of its methods begins
+                from torch.distributed.fsdp import register_fsdp_forward_method
+
+                register_fsdp_forward_method(self, "_generate")
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """The base's."""

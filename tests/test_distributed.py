@@ -180,3 +180,27 @@ def test_parallel(parallel):
                 continue
             print(name, rank, (got["logits"] - want["logits"]).abs().max().item(), want["logits"].abs().max().item(), [torch.equal(a, b) for a, b in zip(got["tokens"], want["tokens"])], len(got["local"]))
     assert not bad
+
+
+@pytest.fixture(scope="module")
+def sharded(case, llava_base, tmp_path_factory):  # noqa: F811
+    jobs = Jobs(tmp_path_factory.mktemp("sharded"))
+    inputs = padded(case, of_each_kind(case))
+    route = CareForConditionalGeneration.from_base(llava_base, SafetySubspaces(by_modality(), "route"))
+    jobs.add("route", "fully_sharded", route, inputs, save="route")
+    jobs.add("gated", "fully_sharded", case.model, inputs, GREEDY, save="gated")
+    jobs.add("half", "fully_sharded", case.model, inputs, GREEDY, save="half", half=True)
+    jobs.add("loaded", "by_transformers", case.model, inputs, GREEDY, save="loaded", config={"fsdp_size": 2})
+    jobs.add("first", "first_generation", case.model, inputs, GREEDY, mixed={})
+    jobs.add("first-half", "first_generation", case.model, inputs, GREEDY, mixed={"param_dtype": torch.bfloat16, "buffer_dtype": torch.bfloat16})
+    return jobs, launch(jobs, jobs.folder / "out")
+
+
+def test_sharded(sharded):
+    jobs, results = sharded
+    for name in jobs:
+        got, want = results[0][name], jobs.expected[name]
+        if "error" in got:
+            print(name, got["error"][-1500:])
+            continue
+        print(name, (got["logits"] - want["logits"]).abs().max().item(), want["logits"].abs().max().item(), [torch.equal(a, b) for a, b in zip(got["tokens"], want["tokens"])], len(got["local"]), {b.dtype for b in got["buffers"].values()}, got.get("sites"), got.get("loss"))

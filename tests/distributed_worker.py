@@ -1,8 +1,10 @@
 """What test_distributed.py runs in every process: ``distributed_worker.py JOBS FOLDER``.
 
-JOBS is a file of dicts; each one's "kind" names a function here, whose result goes to FOLDER, one file for each rank.
+JOBS is a file of dicts; each one's "kind" names a function here, whose result, or traceback, goes to FOLDER, in one
+file for each process. What a job asks to "save" goes there, too.
 """
 
+import datetime
 import functools
 import sys
 import traceback
@@ -20,12 +22,84 @@ from transformers.distributed import DistributedConfig
 from care_hf.sites import decoder_layers, site_module
 
 
+def tensor_parallel(job, folder):
+    """Every layer shared out by transformers as it loads."""
+    model = AutoModel.from_pretrained(job["checkpoint"], distributed_config=DistributedConfig(**job["config"]))
+    result = {**described(model), **answers(model, job), **trained(model, job)}
+    model.save_pretrained(folder / job["save"])
+    return result
+
+
+def fully_sharded(job, folder):
+    """Every layer and the whole shared out by torch; answers before the model's own forward has run."""
+    model = AutoModel.from_pretrained(job["checkpoint"])
+    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=job["half"])} if "half" in job else {}
+    for layer in decoder_layers(model.vlm):
+        fully_shard(layer, **policy)
+    fully_shard(model, **policy)
+    uneven = unevenly_long(model, job)
+    result = {**described(model), **answers(model, job), **trained(model, job), "uneven": uneven}
+    save_whole(model, model, folder / job["save"])
+    return result
+
+
+def sharded_by_transformers(job, folder):
+    """The same by transformers as it loads."""
+    model = AutoModel.from_pretrained(job["checkpoint"], distributed_config=DistributedConfig(fsdp_size=2))
+    result = {"uneven": unevenly_long(model, job), **described(model), **answers(model, job), **trained(model, job)}
+    model.save_pretrained(folder / job["save"])
+    return result
+
+
+def wrapped(job, folder):
+    """Every layer and the whole put into FullyShardedDataParallel."""
+    model = AutoModel.from_pretrained(job["checkpoint"])
+    classes = {type(layer) for layer in decoder_layers(model.vlm)}
+    outer = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
+        mixed_precision=MixedPrecision(**job["mixed"]),
+        device_id=torch.device("cpu"),
+        use_orig_params=True,
+    )
+    with torch.no_grad():
+        result = {**described(model), "logits": outer(**job["inputs"]).logits, "tokens": []}
+    result["loss"] = outer(**job["inputs"], labels=job["inputs"]["input_ids"]).loss.detach()
+    save_whole(outer, model, folder / job["save"])
+    return result
+
+
 def answers(model, job):
     """Logits of one forward, and what every way of decoding generates."""
+    tokens = [model.generate(**job["inputs"], **job["options"], **way) for way in job["decoding"]]
     with torch.no_grad():
-        result = {"logits": model(**job["inputs"]).logits}
-    result["tokens"] = [model.generate(**job["inputs"], **job["options"], **more) for more in job["decoding"]]
-    return result
+        return {"logits": model(**job["inputs"]).logits, "tokens": tokens}
+
+
+def unevenly_long(model, job):
+    """How many tokens are generated where one process wants fewer than the other."""
+    wanted = 2 + 3 * distributed.get_rank()
+    ids = model.generate(**job["inputs"], max_new_tokens=wanted, min_new_tokens=wanted, do_sample=False)
+    return ids.shape[1] - job["inputs"]["input_ids"].shape[1]
+
+
+def trained(model, job):
+    """Loss and gradients of one step."""
+    model.zero_grad()
+    loss = model(**job["inputs"], labels=job["inputs"]["input_ids"]).loss
+    loss.backward()
+    gradients = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"loss": loss.detach(), "gradients": gradients}
+
+
+def described(model):
+    """What this process holds of every weight, the repair's buffers, and the classes of repaired modules."""
+    return {
+        "held": {n: tuple(p.to_local().shape) for n, p in model.named_parameters() if isinstance(p, DTensor)},
+        "buffers": {n: b.clone() for n, b in model.named_buffers() if ".care." in n or ".care_gate." in n},
+        "sites": {str(site): type(site_module(model.vlm, site)).__name__ for site in model.care_modules()},
+    }
 
 
 def whole(tensor):
@@ -33,82 +107,25 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def described(model):
-    """Names and local shapes of what is sharded, and the repair's buffers."""
-    local = {n: p.to_local().shape for n, p in model.named_parameters() if isinstance(p, DTensor)}
-    full = {n: p.shape for n, p in model.named_parameters()}
-    buffers = {n: b for n, b in model.named_buffers() if ".care." in n or ".care_gate." in n}
-    return {"local": local, "full": full, "buffers": {n: b.detach().clone() for n, b in buffers.items()}}
-
-
-def tensor_parallel(job, folder):
-    """Loaded by transformers with the plan of the job."""
-    model = AutoModel.from_pretrained(job["checkpoint"], distributed_config=DistributedConfig(**job["config"]))
-    result = {**described(model), **answers(model, job)}
-    if job.get("save"):
-        model.save_pretrained(folder / job["save"])
-    return result
-
-
-def fully_sharded(job, folder):
-    """Sharded by torch: every decoder layer, then the model."""
-    model = AutoModel.from_pretrained(job["checkpoint"])
-    policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if job.get("half") else {}
-    for layer in decoder_layers(model.vlm):
-        fully_shard(layer, **policy)
-    fully_shard(model, **policy)
-    result = {"sites": {str(site): type(site_module(model.vlm, site)).__name__ for site in model.care_modules()}}
-    result.update(described(model), **answers(model, job))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(model, options=options)
+def save_whole(outer, model, folder):
+    """As accelerate saves: the weights of all processes, by one of them."""
+    state = get_model_state_dict(outer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if distributed.get_rank() == 0:
-        model.save_pretrained(folder / job["save"], state_dict=state)
-    return {**result, **step(model, job)}
-
-
-def by_transformers(job, folder):
-    """Sharded by transformers as it loads."""
-    model = AutoModel.from_pretrained(job["checkpoint"], distributed_config=DistributedConfig(**job["config"]))
-    result = {**described(model), **answers(model, job)}
-    model.save_pretrained(folder / job["save"])
-    return {**result, **step(model, job)}
-
-
-def first_generation(job, folder):
-    """Wrapped by FullyShardedDataParallel."""
-    model = AutoModel.from_pretrained(job["checkpoint"])
-    mixed = MixedPrecision(**job["mixed"])
-    classes = {type(layer) for layer in decoder_layers(model.vlm)}
-    wrapped = FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=functools.partial(transformer_auto_wrap_policy, transformer_layer_cls=classes),
-        mixed_precision=mixed,
-        device_id=torch.device("cpu"),
-        use_orig_params=True,
-    )
-    with torch.no_grad():
-        logits = wrapped(**job["inputs"]).logits
-    return {**described(wrapped), "logits": logits, "tokens": []}
-
-
-def step(model, job):
-    """Loss and gradients of one step."""
-    model.zero_grad()
-    loss = model(**job["inputs"], labels=job["inputs"]["input_ids"]).loss
-    loss.backward()
-    gradients = {n: whole(p.grad).float().norm() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), "gradients": gradients}
+        model.save_pretrained(folder, state_dict=state)
 
 
 def main(jobs, folder):
-    distributed.init_process_group("gloo")
+    """Run the jobs one after the other."""
     torch.set_num_threads(1)
+    # A process that waits for the other in vain says so.
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     folder, results = Path(folder), {}
     for name, job in torch.load(jobs, weights_only=False).items():
         try:
             results[name] = globals()[job["kind"]](job, folder)
         except Exception:
             results[name] = {"error": traceback.format_exc()}
+        distributed.barrier()
     torch.save(results, folder / f"{distributed.get_rank()}.pt")
     distributed.destroy_process_group()
 

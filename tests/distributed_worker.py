@@ -37,8 +37,7 @@ def fully_sharded(job, folder):
     for layer in decoder_layers(model.vlm):
         fully_shard(layer, **policy)
     fully_shard(model, **policy)
-    uneven = unevenly_long(model, job)
-    result = {**described(model), **answers(model, job), **trained(model, job), "uneven": uneven}
+    result = {**described(model), **unevenly_long(model, job), **answers(model, job), **trained(model, job)}
     save_whole(model, model, folder / job["save"])
     return result
 
@@ -46,7 +45,7 @@ def fully_sharded(job, folder):
 def sharded_by_transformers(job, folder):
     """The same by transformers as it loads."""
     model = AutoModel.from_pretrained(job["checkpoint"], distributed_config=DistributedConfig(fsdp_size=2))
-    result = {"uneven": unevenly_long(model, job), **described(model), **answers(model, job), **trained(model, job)}
+    result = {**described(model), **unevenly_long(model, job), **answers(model, job), **trained(model, job)}
     model.save_pretrained(folder / job["save"])
     return result
 
@@ -64,8 +63,14 @@ def wrapped(job, folder):
     )
     with torch.no_grad():
         result = {**described(model), "logits": outer(**job["inputs"]).logits, "tokens": []}
-    result["loss"] = outer(**job["inputs"], labels=job["inputs"]["input_ids"]).loss.detach()
-    save_whole(outer, model, folder / job["save"])
+    loss = outer(**job["inputs"], labels=job["inputs"]["input_ids"]).loss
+    loss.backward()
+    result["loss"] = loss.detach()
+    with FullyShardedDataParallel.summon_full_params(outer, with_grads=True):
+        named = ((name.replace("_fsdp_wrapped_module.", ""), p.grad) for name, p in outer.named_parameters())
+        result["gradients"] = {name: grad.clone() for name, grad in named if grad is not None}
+    # On a processor torch offloads what it then frees.
+    save_whole(outer, model, folder / job["save"], cpu_offload=False)
     return result
 
 
@@ -80,7 +85,7 @@ def unevenly_long(model, job):
     """How many tokens are generated where one process wants fewer than the other."""
     wanted = 2 + 3 * distributed.get_rank()
     ids = model.generate(**job["inputs"], max_new_tokens=wanted, min_new_tokens=wanted, do_sample=False)
-    return ids.shape[1] - job["inputs"]["input_ids"].shape[1]
+    return {"uneven": ids.shape[1] - job["inputs"]["input_ids"].shape[1]}
 
 
 def trained(model, job):
@@ -96,8 +101,12 @@ def trained(model, job):
 def described(model):
     """What this process holds of every weight, the repair's buffers, and the classes of repaired modules."""
     return {
-        "held": {n: tuple(p.to_local().shape) for n, p in model.named_parameters() if isinstance(p, DTensor)},
-        "buffers": {n: b.clone() for n, b in model.named_buffers() if ".care." in n or ".care_gate." in n},
+        "held": {n: p.to_local().shape for n, p in model.named_parameters() if isinstance(p, DTensor)},
+        "buffers": {
+            n.replace("_fsdp_wrapped_module.", ""): b.clone()
+            for n, b in model.named_buffers()
+            if ".care." in n or ".care_gate." in n
+        },
         "sites": {str(site): type(site_module(model.vlm, site)).__name__ for site in model.care_modules()},
     }
 
@@ -107,9 +116,9 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def save_whole(outer, model, folder):
+def save_whole(outer, model, folder, cpu_offload=True):
     """As accelerate saves: the weights of all processes, by one of them."""
-    state = get_model_state_dict(outer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(outer, options=StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload))
     if distributed.get_rank() == 0:
         model.save_pretrained(folder, state_dict=state)
 

@@ -103,33 +103,17 @@ class Jobs(dict):
 
     def __init__(self, folder):
         super().__init__()
-        self.folder, self.alone = folder, {}
+        self.folder, self.alone, self._made = folder, {}, {}
 
-    def add(self, name, kind, model, inputs, decoding=({},), dtype=None, **more):
-        checkpoint = self.folder / name
-        model.save_pretrained(checkpoint)
+    def add(self, name, kind, model, inputs, decoding=({},), dtype=torch.float32, **more):
+        checkpoint = self.folder / str(id(model))
+        if (model, dtype) not in self._made:
+            model.save_pretrained(checkpoint)
+            self._made[model, dtype] = run_alone(checkpoint, inputs, dtype)
+        made = self._made[model, dtype]
+        self.alone[name] = {**made, "tokens": [made["tokens"]] * len(decoding)}
         job = {"checkpoint": str(checkpoint), "inputs": inputs, "options": GREEDY, "decoding": list(decoding)}
         self[name] = {"kind": kind, "save": f"{name}-again", **job, **more}
-        alone = AutoModel.from_pretrained(checkpoint, dtype=dtype)
-        given = {**inputs, "pixel_values": inputs["pixel_values"].to(alone.dtype)}
-        with torch.no_grad():
-            logits = alone(**given).logits
-            with alone.disable():
-                assert (alone(**given).logits - logits).abs().max() > 0.1  # the repair is not lost unnoticed
-        tokens = [alone.generate(**given, **GREEDY, **way) for way in decoding]
-        loss = alone(**given, labels=inputs["input_ids"]).loss
-        loss.backward()
-        gradients = {name: p.grad for name, p in alone.named_parameters() if p.grad is not None}
-        buffers = {n: b for n, b in alone.named_buffers() if ".care." in n or ".care_gate." in n}
-        shapes = {n: tuple(p.shape) for n, p in alone.named_parameters()}
-        self.alone[name] = {
-            "logits": logits,
-            "tokens": tokens,
-            "loss": loss.detach(),
-            "gradients": gradients,
-            "buffers": buffers,
-            "shapes": shapes,
-        }
 
     def run(self, processes=2, timeout=200):
         """What every process makes of the jobs, and what one alone does."""
@@ -158,17 +142,39 @@ class Jobs(dict):
         }
 
 
-def assert_same(results, alone, *, logits=1e-5, gradients=True):
+def run_alone(checkpoint, inputs, dtype):
+    model = AutoModel.from_pretrained(checkpoint, dtype=dtype)
+    given = {**inputs, "pixel_values": inputs["pixel_values"].to(dtype)}
+    with torch.no_grad():
+        logits = model(**given).logits
+        with model.disable():
+            assert (model(**given).logits - logits).abs().max() > 0.1  # the repair is not lost unnoticed
+    tokens = model.generate(**given, **GREEDY)
+    loss = model(**given, labels=inputs["input_ids"]).loss
+    loss.backward()
+    return {
+        "logits": logits,
+        "tokens": tokens,
+        "loss": loss.detach(),
+        "gradients": {n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        "buffers": {n: b for n, b in model.named_buffers() if ".care." in n or ".care_gate." in n},
+        "shapes": {n: p.shape for n, p in model.named_parameters()},
+        "sites": list(map(str, model.care_modules())),
+    }
+
+
+def assert_same(results, alone):
     """All processes made the same as one alone, and hold the whole repair as it was saved."""
     for result in results:
         assert "error" not in result, result["error"]
-        torch.testing.assert_close(result["logits"], alone["logits"], rtol=1e-5, atol=logits)
+        torch.testing.assert_close(result["logits"], alone["logits"], rtol=1e-5, atol=1e-5)
         assert len(result["tokens"]) == len(alone["tokens"])
         for ours, expected in zip(result["tokens"], alone["tokens"], strict=True):
             assert torch.equal(ours, expected)
         torch.testing.assert_close(result["loss"], alone["loss"], rtol=1e-5, atol=1e-5)
-        if gradients:
-            torch.testing.assert_close(result["gradients"], alone["gradients"], rtol=1e-4, atol=1e-5)
+        # Some fill in zeros for weights that have no part in it.
+        gradients = {n: g for n, g in result["gradients"].items() if n in alone["gradients"] or g.any()}
+        torch.testing.assert_close(gradients, alone["gradients"], rtol=1e-4, atol=1e-5)
         assert result["buffers"].keys() == alone["buffers"].keys()
         for name, buffer in result["buffers"].items():
             assert buffer.dtype == alone["buffers"][name].dtype and torch.equal(buffer, alone["buffers"][name])
@@ -190,7 +196,7 @@ def parallel(case, base, tmp_path_factory):  # noqa: F811
     repaired = CareForConditionalGeneration.from_base
     of_llava, of_qwen = padded(case, of_each_kind(case)), qwen_inputs()
     add = functools.partial(jobs.add, kind="tensor_parallel", inputs=of_llava, config=TWO)
-    add("adaptive", model=repaired(base, by_modality()), decoding=WAYS)
+    add("adaptive", model=repaired(base, by_modality()))
     route = repaired(base, by_modality("route"))
     add("route", model=route)
     add("summed late", model=route, config=SUMMED_LATE)
@@ -202,8 +208,6 @@ def parallel(case, base, tmp_path_factory):  # noqa: F811
     add("qwen, gated", model=repaired(qwen, gated((7, 8), size=64, **of_three)), inputs=of_qwen, decoding=WAYS)
     mixture = of_experts(base)
     add("mixture", model=repaired(mixture, by_modality(**of_three)))
-    add("mixture, gated", model=repaired(mixture, gated(end, **of_three)))
-    add("experts", model=repaired(mixture, by_modality(**of_three)), config=EXPERTS)
     add("experts, gated", model=repaired(mixture, gated(end, **of_three)), config=EXPERTS)
     return jobs, jobs.run()
 
@@ -217,8 +221,6 @@ PARALLEL = [
     "qwen",
     "qwen, gated",
     "mixture",
-    "mixture, gated",
-    "experts",
     "experts, gated",
 ]
 
@@ -227,17 +229,18 @@ PARALLEL = [
 def test_every_plan_answers_and_trains_as_one_process(parallel, name):
     jobs, outcomes = parallel
     results, alone, saved = outcomes[name]
-    assert_same(results, alone, logits=1e-5)
+    assert_same(results, alone)
     for result in results:
-        halved = f"{LAYERS}.1.self_attn.q_proj.weight"
-        whole = alone["shapes"][halved]
-        assert result["held"][halved] == (whole[0] // 2, whole[1])
-        (summed,) = {n for n in alone["shapes"] if f"{LAYERS}.0.mlp.down_proj.weight" == n}
-        assert result["held"][summed] == (alone["shapes"][summed][0], alone["shapes"][summed][1] // 2)
-        experts = {n: s for n, s in result["held"].items() if ".1.mlp.experts." in n}
-        assert bool(experts) == name.startswith(("mixture", "experts"))
-        for of_experts, shape in experts.items():
-            assert 2 * torch.Size(shape).numel() == torch.Size(alone["shapes"][of_experts]).numel()
+        held, shapes = result["held"], alone["shapes"]
+        rows, columns = shapes[f"{LAYERS}.1.self_attn.q_proj.weight"]
+        assert held[f"{LAYERS}.1.self_attn.q_proj.weight"] == (rows // 2, columns)
+        rows, columns = shapes[f"{LAYERS}.0.mlp.down_proj.weight"]
+        assert held[f"{LAYERS}.0.mlp.down_proj.weight"] == (rows, columns // 2)
+        of_experts = [n for n in held if ".1.mlp.experts." in n]
+        assert bool(of_experts) == name.startswith(("mixture", "experts"))
+        for n in of_experts:
+            first = name.startswith("experts")
+            assert 2 * held[n].numel() == shapes[n].numel() and (held[n][0] == shapes[n][0] // 2) == first
     assert_saved(saved, jobs[name]["inputs"], alone)
 
 
@@ -254,9 +257,9 @@ def sharded(case, base, tmp_path_factory):  # noqa: F811
         jobs.add(f"transformers, {name}", "sharded_by_transformers", model, inputs)
         jobs.add(f"wrapped, {name}", "wrapped", model, inputs, mixed={})
         jobs.add(f"wrapped, {name}, half", "wrapped", model, inputs, mixed={"param_dtype": half, "buffer_dtype": half})
-        kept = {"param_dtype": half, "buffer_dtype": torch.float32}
-        jobs.add(f"wrapped, {name}, kept", "wrapped", model, inputs, dtype=half, mixed=kept)
-        jobs.add(f"torch, {name}, half", "fully_sharded", model, inputs, dtype=half, half=half)
+    kept = {"param_dtype": half, "buffer_dtype": torch.float32}
+    jobs.add("wrapped, kept", "wrapped", case.model, inputs, dtype=half, mixed=kept)
+    jobs.add("torch, half", "fully_sharded", case.model, inputs, dtype=half, half=half)
     return jobs, jobs.run()
 
 
@@ -265,36 +268,36 @@ def sharded(case, base, tmp_path_factory):  # noqa: F811
 def test_sharded_it_answers_and_trains_as_one_process(sharded, by, name):
     jobs, outcomes = sharded
     results, alone, saved = outcomes[f"{by}, {name}"]
-    assert_same(results, {**alone, "tokens": alone["tokens"] if by != "wrapped" else []}, gradients=by != "wrapped")
+    if by == "wrapped":  # torch gathers its weights in its own forward only, so it does not generate
+        alone = {**alone, "tokens": []}
+    assert_same(results, alone)
     for rank, result in enumerate(results):
-        assert set(result["sites"]) == {str(site) for site in jobs_sites(jobs[f"{by}, {name}"])}
-        assert all("Care" in of_module for of_module in result["sites"].values())
+        assert list(result["sites"]) == alone["sites"]
+        assert all("Care" in of_site or of_site == "FullyShardedDataParallel" for of_site in result["sites"].values())
         if by != "wrapped":
             assert result["uneven"] == 2 + 3 * rank
             assert result["held"].keys() >= {f"{LAYERS}.1.mlp.down_proj.weight", "vlm.lm_head.weight"}
-            assert all(
-                2 * torch.Size(s).numel() == torch.Size(alone["shapes"][n]).numel() for n, s in result["held"].items()
-            )
+            for n, shape in alone["shapes"].items():
+                assert sum(other["held"][n].numel() for other in results) == shape.numel()
     assert_saved(saved, jobs[f"{by}, {name}"]["inputs"], alone)
 
 
-@pytest.mark.parametrize("name", ["route", "gated"])
-def test_mixed_precision_leaves_the_bases_single_or_is_refused(sharded, name):
-    _, outcomes = sharded
-    for by in (f"torch, {name}, half", f"wrapped, {name}, kept"):
-        results, alone, _ = outcomes[by]
+def test_mixed_precision_leaves_the_bases_single(sharded):
+    for name in ("torch, half", "wrapped, kept"):
+        results, alone, _ = sharded[1][name]
         for result in results:
             assert "error" not in result, result["error"]
             floating = {n: b for n, b in result["buffers"].items() if b.is_floating_point()}
             assert floating and {b.dtype for b in floating.values()} == {torch.float32}
             assert all(torch.equal(b, alone["buffers"][n]) for n, b in floating.items())
-            torch.testing.assert_close(result["logits"].float(), alone["logits"].float(), rtol=0, atol=0.1)
-    for result in outcomes[f"wrapped, {name}, half"][0]:
+            assert result["logits"].dtype == torch.bfloat16
+            torch.testing.assert_close(result["logits"], alone["logits"], rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["route", "gated"])
+def test_half_precision_bases_are_refused(sharded, name):
+    for result in sharded[1][f"wrapped, {name}, half"][0]:
         assert "were cast to torch.bfloat16" in result["error"] and "buffer_dtype=torch.float32" in result["error"]
-
-
-def jobs_sites(job):
-    return AutoModel.from_pretrained(job["checkpoint"]).care_modules()
 
 
 # Spread over devices
@@ -308,7 +311,6 @@ MIXED = {
     "vlm.model.language_model.norm": "cpu",
     "vlm.model.language_model.rotary_emb": "cpu",
     "vlm.lm_head": "disk",
-    "layers": "cpu",
 }
 
 
@@ -363,8 +365,7 @@ def test_a_gated_repair_of_a_spread_model(case, spread, first, tmp_path):  # noq
         elif spread == "disk":
             disk_offload(model, str(tmp_path), torch.device("cpu"))
         else:
-            names = {name.removeprefix(prefix): device for name, device in MIXED.items()}
-            device_map = {n: d for n, d in names.items() if prefix == "" or n != "layers"}
+            device_map = {name.removeprefix(prefix): device for name, device in MIXED.items()}
             dispatch_model(model, device_map, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
 
     base, prefix = copy.deepcopy(case.base), "vlm." if first == "spread" else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from .projection import FixedPrecision, ModalityProjection, Subspace
+from .projection import FixedPrecision, ModalityProjection, Subspace, full_precision
 
 TURN = ("last", "response")  # what a `TurnProjection` repairs: the last token of the prompt, and the answer
 
@@ -90,7 +90,8 @@ class GateReader(FixedPrecision):
 
     def margins(self, h: torch.Tensor) -> torch.Tensor:
         """How far the scores of h (..., d) are above their thresholds, (..., required + alarms + pictured)."""
-        return h.to(self.readers.dtype) @ self.readers - self.thresholds
+        readers = full_precision(self.readers)
+        return h.to(readers.dtype) @ readers - self.thresholds
 
     def forward(self, h: torch.Tensor, pictured: torch.Tensor) -> torch.Tensor:
         """Where the gate would fire if a prompt ended there.

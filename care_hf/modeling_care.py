@@ -125,8 +125,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         module.__class__ = care_class(type(module))
         module.care = module.care_gate = None
         module.care_state, module.care_scope = self.care_state, self.config.scope
-        if "_old_forward" in module.__dict__:  # accelerate's hooks call a forward that they bound before
-            module._old_forward = type(module).forward.__get__(module)
+        if "forward" in module.__dict__:  # accelerate's, set before the class was swapped
+            module.forward = module.__dict__["forward"]
         return module
 
     @classmethod
@@ -287,8 +287,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
         if ids is not None and self.config.gate and self.care_state.enabled:
             self._warn_of_open_ends(ids)
+        self._tell_base_how_it_is_spread()
         with self.care_state.answering(ids):
-            return self.vlm.generate(*args, **kwargs)
+            return self._generate(*args, **kwargs)
 
     def _warn_of_open_ends(self, ids: torch.Tensor) -> None:
         end = self.config.gate["prompt_end"]
@@ -299,6 +300,23 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "cannot decide and they are answered unrepaired; write them with the chat template and "
                 "add_generation_prompt=True."
             )
+
+    def _generate(self, *args, **kwargs):
+        return self.vlm.generate(*args, **kwargs)
+
+    def _tell_base_how_it_is_spread(self) -> None:
+        """Let the base's `generate` know what transformers and torch noted on the whole model only."""
+        for name in ("hf_device_map", "_tp_size", "_is_fsdp_managed_module"):
+            if name in self.__dict__:
+                setattr(self.vlm, name, getattr(self, name))
+        if "_tp_size" in self.__dict__:
+            self.vlm._tp_plan = {name.removeprefix("vlm."): style for name, style in self._tp_plan.items()}
+        if hasattr(self, "_get_fsdp_state"):  # after torch's fully_shard
+            self.vlm._is_fsdp_managed_module = True  # processes that are done go on for those that are not
+            if "_generate" not in self.__dict__:  # the model's own weights are gathered where one of its methods begins
+                from torch.distributed.fsdp import register_fsdp_forward_method
+
+                register_fsdp_forward_method(self, "_generate")
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """The base's."""

@@ -100,6 +100,20 @@ class FixedPrecision(nn.Module):
         return self
 
 
+def full_precision(buffer: torch.Tensor) -> torch.Tensor:
+    """The buffer, if it still has the precision that it was fitted in.
+
+    Raises:
+        ValueError: something cast it past `FixedPrecision`.
+    """
+    if buffer.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"The buffers of the repair were cast to {buffer.dtype}, in which it is not exact; keep them as they are, "
+            "with FullyShardedDataParallel by MixedPrecision(buffer_dtype=torch.float32)."
+        )
+    return buffer
+
+
 class ModalityProjection(nn.Module):
     """Buffers of one `Subspace`, float32: `basis`, `mean`, `beta` (0-dim) and, for an oblique projector, `reader`."""
 
@@ -115,7 +129,7 @@ class ModalityProjection(nn.Module):
 
     def read_by(self, dtype: torch.dtype) -> torch.Tensor:
         """R (d, k), what coefficients are read with: the basis itself unless the projector is oblique."""
-        return (self.basis if self.reader is None else self.reader).to(dtype)
+        return full_precision(self.basis if self.reader is None else self.reader).to(dtype)
 
     def target(self, dtype: torch.dtype) -> torch.Tensor:
         """R^T beta m, (k,) or (T, k), the coefficients that repaired activations have."""

@@ -20,6 +20,16 @@ class CareSiteMixin:
     def forward(self, *args, **kwargs):
         """The module's own forward, then the gate, then the repair."""
         output = super().forward(*args, **kwargs)
+        return output if "forward" in self.__dict__ else self._after(output)
+
+    def __setattr__(self, name, value):
+        # Tensor parallelism, accelerate and kernels put a forward of theirs on the module itself, around or in place of
+        # that of its class. Only what theirs puts out is whole: before, it may be this process's part of a sum.
+        if name == "forward" and getattr(value, "func", None) is not _repaired_forward:
+            value = functools.update_wrapper(functools.partial(_repaired_forward, self, value), value)
+        super().__setattr__(name, value)
+
+    def _after(self, output):
         if not self.care_state.enabled:
             return output
         h, state = output_tensor(output), self.care_state.now
@@ -43,6 +53,10 @@ class CareSiteMixin:
     def __reduce_ex__(self, protocol):
         # The class is made at run time, so pickle and deepcopy are told how to make it again.
         return _new_site_module, (type(self).__mro__[2],), self.__dict__
+
+
+def _repaired_forward(module: nn.Module, forward, *args, **kwargs):
+    return module._after(forward(*args, **kwargs))
 
 
 def _known(of_tokens: torch.Tensor | None) -> torch.Tensor:

@@ -140,6 +140,7 @@ class Prefill:
     """The forward of a whole prompt."""
 
     def __init__(self, model, call: Callable, inputs: dict):
+        model(**inputs)  # what transformers installs on a first forward does not compile
         self.call = partial(call, **inputs, logits_to_keep=1)
 
     def __call__(self) -> None:

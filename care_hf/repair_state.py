@@ -84,8 +84,7 @@ class Forward:
         """Take what a forward was called with: its tokens and its cache."""
         self._clear()
         self._prompt_end = prompt_end
-        given = inspect.signature(vlm.forward).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = {**(inspect.signature(vlm.forward).bind_partial(*args).arguments if args else {}), **kwargs}
         if given.get("cu_seq_lens_q") is not None:
             raise ValueError(
                 "Several sequences are packed into one, so the gate cannot tell where one ends; pad them instead, and "

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from .projection import FixedPrecision, ModalityProjection, Subspace, full_precision
+from .projection import FixedPrecision, ModalityProjection, Subspace, branches_freely, full_precision
 
 TURN = ("last", "response")  # what a `TurnProjection` repairs: the last token of the prompt, and the answer
 
@@ -205,6 +205,18 @@ class TurnProjection(FixedPrecision):
         Returns:
             (..., d) in h's dtype; exactly h at every token that is not repaired.
         """
+        if not branches_freely(h):
+            return self._everywhere(h, steps)
+        # Few tokens are repaired, mostly none.
+        last = 0 if self.response is None else len(self.response.mean)
+        rows = ((steps >= 0) & (steps <= last)).reshape(-1).nonzero()[:, 0]
+        if not len(rows) or self.strength == 0:
+            return h
+        tokens = h.reshape(-1, h.shape[-1])
+        return tokens.index_copy(0, rows, self._everywhere(tokens[rows], steps.reshape(-1)[rows])).reshape(h.shape)
+
+    def _everywhere(self, h: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
+        """The same, computed at every token."""
         work = h.to(torch.promote_types(h.dtype, torch.float32))
         repaired, touched = work, torch.zeros_like(steps, dtype=torch.bool)
         for name in TURN:

@@ -282,8 +282,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """The base's `generate`, repaired; warns of prompts in which a gate finds no end, and so repairs nothing."""
-        given = inspect.signature(self.vlm.generate).bind_partial(*args, **kwargs).arguments
-        given = {**given.get("kwargs", {}), **given}
+        given = {**inspect.signature(self.vlm.generate).bind_partial(*args).arguments, **kwargs}
         ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
         if ids is not None and self.config.gate and self.care_state.enabled:
             self._warn_of_open_ends(ids)

@@ -237,15 +237,20 @@ class SafetyProjection(FixedPrecision):
             ValueError: fusion is "route" and there is no mask, or one of another shape.
         """
         mask = self._check_mask(h, visual_mask).reshape(-1, 1) if self.fusion_mode == "route" else None
+        if branches_freely(h) and self.strength == 0:
+            return h
         work = h.to(torch.promote_types(h.dtype, torch.float32)).reshape(-1, h.shape[-1])
         parts = [part for part in (self.visual, self.text) if part is not None]
-        readers = _side_by_side([part.read_by(work.dtype) for part in parts])
+        bases = _side_by_side([part.basis for part in parts]).to(work.dtype)
+        oblique = any(part.reader is not None for part in parts)
+        readers = _side_by_side([part.read_by(work.dtype) for part in parts]) if oblique else bases
         targets = _side_by_side([part.target(work.dtype) for part in parts])
         coefficients = self.strength.to(work.dtype) * self._fuse(targets - work @ readers, mask)
-        bases = _side_by_side([part.basis for part in parts]).to(work.dtype)
-        repaired = torch.addmm(work, coefficients, bases.mT).reshape(h.shape).to(h.dtype)
+        # In place where `work` is a copy: tensors of this size cost more to allocate than to fill.
+        add = torch.addmm if work.dtype == h.dtype else torch.Tensor.addmm_
+        repaired = add(work, coefficients, bases.mT).reshape(h.shape).to(h.dtype)
         # Not merely adding zero: that would turn -0.0 into 0.0 and an infinite activation into NaN.
-        return torch.where(self.strength == 0, h, repaired)
+        return repaired if branches_freely(h) else torch.where(self.strength == 0, h, repaired)
 
     def _fuse(self, c: torch.Tensor, visual_mask: torch.Tensor | None) -> torch.Tensor:
         """Coefficients (n, k) of the fused correction from those of the modalities side by side."""
@@ -305,6 +310,11 @@ class SafetyProjection(FixedPrecision):
             error = (self.mixing - expected.to(self.mixing)).abs().max().item()
             if not error <= TOLERANCE * max(1.0, expected.abs().max().item()):
                 raise ValueError(f"The buffer `mixing` differs from what the bases give by {error:.2g}.")
+
+
+def branches_freely(h: torch.Tensor) -> bool:
+    """Whether values may decide which code runs on h: neither waits for a GPU, nor breaks a compiled graph."""
+    return h.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _side_by_side(tensors: list[torch.Tensor]) -> torch.Tensor:

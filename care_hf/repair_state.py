@@ -115,8 +115,7 @@ class Forward:
     @classmethod
     def of_call(cls, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], state: RepairState) -> "Forward":
         """What is known of a call of `model`: its tokens and its cache."""
-        given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-        given = {**given, **given.get("kwargs", {})}
+        given = {**(inspect.signature(model.forward).bind_partial(*args).arguments if args else {}), **kwargs}
         forward = cls(model, state.prompt_end)
         forward._ids = given.get("input_ids")
         if forward._ids is None:

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from care_hf.sites import image_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,19 +17,35 @@ class Family:
 
     Attributes:
         name: the model type as transformers calls it; for a variant with a suffix, such as "llava+pixtral".
-        config: builds the configuration: 3 or 4 text layers, a deeper vision tower, some 100 tokens.
+        config: builds the configuration: 4 text layers, a deeper vision tower, some 100 tokens.
         processor: builds the processor from the configuration; its own class where that runs without torchvision.
-        text_only: whether there are no images.
+        images: what stock transformers can: "any" number in each prompt; "some" in each batch; an "equal" number in
+            each prompt of a batch, or else its rows are not as alone; "one" in each prompt, all of one
+            length; "none".
+        adjust: changes the model after it is built, where stock initialisation leaves it blind.
+        unloadable: why `AutoProcessor` does not load the processor once saved, if it does not.
     """
 
     name: str
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[PreTrainedConfig], Any]
-    text_only: bool = False
+    images: Literal["any", "some", "equal", "one", "none"] = "any"
+    adjust: Callable[[PreTrainedModel], Any] | None = None
+    unloadable: str = ""
+
+    @property
+    def text_only(self) -> bool:
+        return self.images == "none"
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The model in evaluation mode, with the same random weights each time; do not change it."""
         torch.manual_seed(0)
         auto = AutoModelForCausalLM if self.text_only else AutoModelForImageTextToText
-        return auto.from_config(self.config()).eval()
+        model = auto.from_config(self.config()).eval()
+        if self.adjust:
+            with torch.no_grad():
+                self.adjust(model)
+        # A random model may answer with a placeholder, for which there would be no image in the next step.
+        model.generation_config.suppress_tokens = [*image_token_ids(model.config)] or None
+        return model

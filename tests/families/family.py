@@ -19,11 +19,11 @@ class Family:
         name: the model type as transformers calls it; for a variant with a suffix, such as "llava+pixtral".
         config: builds the configuration: 4 text layers, a deeper vision tower, some 100 tokens.
         processor: builds the processor from the configuration; its own class where that runs without torchvision.
-        images: what stock transformers can: "any" number in each prompt; "some" in each batch; an "equal" number in
-            each prompt of a batch, or else its rows are not as alone; "one" in each prompt, all of one
-            length; "none".
-        adjust: changes the model after it is built, where stock initialisation leaves it blind.
-        unloadable: why `AutoProcessor` does not load the processor once saved, if it does not.
+        images: how many stock transformers can: "any" number in each prompt; "some" in each batch, if not in each prompt;
+            "equal" numbers in the prompts of a batch, or else its rows are not as alone; "one" in each prompt, and
+            prompts of equal lengths; "none".
+        adjust: changes the model once it is built, where stock initialisation leaves it blind.
+        lacks: what the processor lacks for `AutoProcessor` to load it as it was saved; empty if nothing.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Family:
     processor: Callable[[PreTrainedConfig], Any]
     images: Literal["any", "some", "equal", "one", "none"] = "any"
     adjust: Callable[[PreTrainedModel], Any] | None = None
-    unloadable: str = ""
+    lacks: str = ""
 
     @property
     def text_only(self) -> bool:

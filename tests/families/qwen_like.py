@@ -1,7 +1,7 @@
 """Qwen-VL and GLM-V, which see images of any size; Idefics 3 and SmolVLM, which pad them to equal numbers."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import (
@@ -146,31 +146,15 @@ def smolvlm_processor(config: SmolVLMConfig) -> ProcessorMixin:
 
 
 FAMILIES: list[Family] = [
-    Family(
-        "qwen2_vl", qwen2_vl_config, functools.partial(qwen_processor, Qwen2VLProcessor), unloadable="needs torchvision"
-    ),
-    Family(
-        "qwen2_5_vl",
-        qwen2_5_vl_config,
-        functools.partial(qwen_processor, Qwen2_5_VLProcessor),
-        unloadable="needs torchvision",
-    ),
-    Family(
-        "qwen3_vl", qwen3_vl_config, functools.partial(qwen_processor, Qwen3VLProcessor), unloadable="needs torchvision"
-    ),
-    Family(
-        "qwen3_vl_moe",
-        qwen3_vl_moe_config,
-        functools.partial(qwen_processor, Qwen3VLProcessor),
-        unloadable="needs torchvision",
-    ),
-    Family("glm4v", glm4v_config, glm4v_processor, unloadable="needs torchvision"),
+    Family("qwen2_vl", qwen2_vl_config, partial(qwen_processor, Qwen2VLProcessor), lacks="torchvision"),
+    Family("qwen2_5_vl", qwen2_5_vl_config, partial(qwen_processor, Qwen2_5_VLProcessor), lacks="torchvision"),
+    Family("qwen3_vl", qwen3_vl_config, partial(qwen_processor, Qwen3VLProcessor), lacks="torchvision"),
+    Family("qwen3_vl_moe", qwen3_vl_moe_config, partial(qwen_processor, Qwen3VLProcessor), lacks="torchvision"),
+    Family("glm4v", glm4v_config, glm4v_processor, lacks="torchvision"),
     Family(
         "idefics3",
-        functools.partial(idefics_config, Idefics3Config),
-        functools.partial(idefics_processor, Idefics3Processor, Idefics3ImageProcessorPil),
+        partial(idefics_config, Idefics3Config),
+        partial(idefics_processor, Idefics3Processor, Idefics3ImageProcessorPil),
     ),
-    Family(
-        "smolvlm", functools.partial(idefics_config, SmolVLMConfig), smolvlm_processor, unloadable="needs torchvision"
-    ),
+    Family("smolvlm", partial(idefics_config, SmolVLMConfig), smolvlm_processor, lacks="torchvision"),
 ]

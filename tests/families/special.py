@@ -1,5 +1,6 @@
 """Families with a processor, an image path or an FFN of their own, and those without images."""
 
+import torch
 from torch import nn
 from transformers import (
     BlipImageProcessorPil,
@@ -143,6 +144,13 @@ def chameleon_config() -> ChameleonConfig:
     )
 
 
+def tell_apart(model: PreTrainedModel) -> None:
+    """Random codes are far from what images are, so that nearly all images would get the same one."""
+    vq, edge = model.model.vqmodel, model.config.vq_config.resolution
+    noise = vq.encoder(torch.randn(4, 3, edge, edge))
+    vq.quantize.embedding.weight.copy_(vq.quant_conv(noise).movedim(1, -1).flatten(end_dim=-2))
+
+
 def chameleon_processor(config: ChameleonConfig) -> ChameleonProcessor:
     edge = config.vq_config.resolution
     processor = ChameleonProcessor(
@@ -209,21 +217,16 @@ def text_family(name: str, kind: type[PreTrainedConfig]) -> Family:
         config=lambda: kind(**decoder()),
         processor=lambda config: TextProcessor(build_tokenizer(), chat_template()),
         images="none",
-        unloadable="is no class of transformers",
+        lacks="a class of transformers",
     )
 
 
 FAMILIES: list[Family] = [
     Family("mllama", mllama_config, mllama_processor, images="equal", adjust=open_gates),
-    Family("llama4", llama4_config, llama4_processor, unloadable="needs torchvision"),
-    Family("chameleon", chameleon_config, chameleon_processor, unloadable="loses its chat template"),
+    Family("llama4", llama4_config, llama4_processor, lacks="torchvision"),
+    Family("chameleon", chameleon_config, chameleon_processor, adjust=tell_apart, lacks="a chat template"),
     Family(
-        "instructblip",
-        instructblip_config,
-        instructblip_processor,
-        images="one",
-        adjust=ask,
-        unloadable="loses its chat template",
+        "instructblip", instructblip_config, instructblip_processor, images="one", adjust=ask, lacks="a chat template"
     ),
     text_family("llama", LlamaConfig),
     text_family("qwen2", Qwen2Config),

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from care_hf.samples import Batch, Sample, collate, load_samples
+from care_hf.samples import Batch, Sample, collate
 from care_hf.sites import image_token_ids
 
 from .family import Family
@@ -25,12 +25,12 @@ def prompts(family: Family, seed: int = 0) -> list[Sample]:
     """
     draw = np.random.default_rng(seed)
     texts = EQUALLY_LONG if family.images == "one" else TEXTS
-    items = []
+    samples = []
     for row, (text, count) in enumerate(zip(texts, COUNTS[family.images], strict=True)):
-        shapes = [SHAPES[(row + i) % len(SHAPES)] for i in range(count)]
-        images = [Image.fromarray(draw.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in shapes]
-        items.append({"text": text, "images": images})
-    return list(load_samples(items))
+        noise = [draw.integers(0, 256, (*SHAPES[(row + i) % len(SHAPES)], 3), dtype=np.uint8) for i in range(count)]
+        content = [{"type": "image", "image": Image.fromarray(image)} for image in noise]
+        samples.append(Sample([{"role": "user", "content": [*content, {"type": "text", "text": text}]}]))
+    return samples
 
 
 def collated(family: Family, samples: list[Sample] | None = None, side: str = "left", processor: Any = None) -> Batch:

@@ -20,8 +20,8 @@ class Family:
         config: builds the configuration: 4 text layers, a deeper vision tower, some 100 tokens.
         processor: builds the processor from the configuration; its own class where that runs without torchvision.
         images: how many stock transformers can: "any" number in each prompt; "some" in each batch, but any in a prompt;
-            "equal" numbers in the prompts of a batch, or else its rows are not as alone; "one" in each prompt, and the
-            same of prompts of unequal lengths if padded on the left; "none".
+            "equal" numbers in the prompts of a batch, or else its rows are not as alone; "one" in each prompt, and
+            equal lengths where padded on the left, or else again; "none".
         adjust: changes the model once it is built, where stock initialisation leaves it blind.
         lacks: what the processor lacks for `AutoProcessor` to load it as it was saved; empty if nothing.
     """

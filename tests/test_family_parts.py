@@ -1,46 +1,20 @@
 """Each tiny family is what the other tests take it for: stock parts that agree with one another."""
 
-import numpy as np
 import pytest
 import torch
-from families import plain
-from PIL import Image
+from families import FAMILIES, collated, prompts
 from torch import nn
 from transformers import AutoProcessor
 
-from care_hf.samples import collate, load_samples
-from care_hf.sites import decoder_layers, image_token_ids
-
-FAMILIES = plain.FAMILIES
-ONLY_PICTURED = {"paligemma", "paligemma2"}  # the processor wants an image in every batch, if not in every prompt
-ASK_TORCHVISION = {"llava_onevision", "llava+pixtral", "mistral3", "internvl"}  # when AutoProcessor loads them
-
-pytestmark = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+from care_hf.sites import decoder_layers
 
 
-def prompts(seed=0):
-    """One image, two of other shapes, none, and one again."""
-    draw = np.random.default_rng(seed)
-
-    def noise(height, width):
-        return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-    return load_samples(
-        [
-            {"text": "how do i make a cake ?", "images": [noise(16, 16)]},
-            {"text": "what is this", "images": [noise(24, 40), noise(24, 16)]},
-            {"text": "tell me now please how do i bake bread"},
-            {"text": "tell me", "images": [noise(16, 24)]},
-        ]
-    )
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    with torch.no_grad():
+        yield FAMILIES[request.param]
 
 
-def collated(family, samples, side="left", processor=None):
-    processor = processor or family.processor(family.model.config)
-    return collate(processor, samples, image_token_ids(family.model.config), padding_side=side)
-
-
-@torch.no_grad()
 def next_logits(family, batch):
     """The logits after each row's last token, wherever the padding is."""
     mask = batch.inputs["attention_mask"]
@@ -49,47 +23,50 @@ def next_logits(family, batch):
 
 
 def test_vision_tower_is_deeper_than_text(family):
-    decoder = set(family.model.get_decoder().modules())
-    others = [m for m in family.model.modules() if isinstance(m, nn.ModuleList) and m not in decoder]
-    assert 3 <= len(decoder_layers(family.model)) <= 4
-    assert max(map(len, others)) > len(decoder_layers(family.model))
+    layers = decoder_layers(family.model)
+    of_text = set(layers.modules())
+    others = [len(m) for m in family.model.modules() if isinstance(m, nn.ModuleList) and m not in of_text]
+    assert len(layers) == 4
+    assert family.text_only or max(others) > 4
 
 
 def test_model_is_tiny_and_finite(family):
     assert sum(p.numel() for p in family.model.parameters()) < 1e6
-    assert all(p.isfinite().all() for p in family.model.parameters())
+    assert all(value.isfinite().all() for value in family.model.state_dict().values())
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_row_of_batch_equals_prompt_alone(family, side):
-    samples = prompts()
+    samples = prompts(family)
     batch = collated(family, samples, side)
     logits = next_logits(family, batch)
-    assert batch.visual.any(dim=1).tolist() == [bool(sample.images) for sample in samples]
-    assert batch.text.any(dim=1).all()
-    for row, sample in enumerate(samples):
-        if sample.images or family.name not in ONLY_PICTURED:
+    counts = batch.visual.sum(dim=1)
+    assert (counts > 0).tolist() == [bool(sample.images) for sample in samples]
+    assert counts.max() <= 64 and batch.text.any(dim=1).all()
+    assert (len(set(batch.inputs["attention_mask"].sum(dim=1).tolist())) == 1) == (family.images == "one")
+    for row, sample in zip(logits, samples, strict=True):
+        if sample.images or family.images != "some":
             alone = next_logits(family, collated(family, [sample], side))
-            torch.testing.assert_close(logits[row], alone[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(row, alone[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits[0], logits[-1], atol=0.1)
 
 
 def test_images_matter(family):
-    first, second = (next_logits(family, collated(family, prompts(seed))) for seed in (0, 1))
-    assert ((first - second).abs().amax(dim=1) > 0.1).tolist() == [bool(sample.images) for sample in prompts()]
+    first, second = (next_logits(family, collated(family, prompts(family, seed))) for seed in (0, 1))
+    matters = (first - second).abs().amax(dim=1) > 0.1
+    assert matters.tolist() == [bool(sample.images) for sample in prompts(family)]
 
 
 def test_generation_with_and_without_cache(family):
-    inputs = collated(family, prompts()).inputs
-    # Without a cache, a placeholder that a random model answers with would be one image token too many.
-    settings = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [*image_token_ids(family.model.config)]}
+    inputs = collated(family).inputs
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
     cached, uncached = (family.model.generate(**inputs, **settings, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
 
 
 def test_processor_is_loaded_as_saved(family, tmp_path):
-    if family.name in ASK_TORCHVISION:
-        pytest.skip("stock transformers loads this processor with torchvision only")
+    if family.lacks:
+        pytest.skip(f"it lacks {family.lacks}")
     family.processor(family.model.config).save_pretrained(tmp_path)
     loaded = AutoProcessor.from_pretrained(tmp_path)
-    before, after = collated(family, prompts()).inputs, collated(family, prompts(), processor=loaded).inputs
-    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(collated(family, processor=loaded).inputs, collated(family).inputs)

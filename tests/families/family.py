@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from care_hf.sites import image_token_ids
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,19 +17,35 @@ class Family:
 
     Attributes:
         name: the model type as transformers calls it; for a variant with a suffix, such as "llava+pixtral".
-        config: builds the configuration: 3 or 4 text layers, a deeper vision tower, some 100 tokens.
+        config: builds the configuration: 4 text layers, a deeper vision tower, some 100 tokens.
         processor: builds the processor from the configuration; its own class where that runs without torchvision.
-        text_only: whether there are no images.
+        images: how many stock transformers can: "any" number in each prompt; "some" in each batch, but any in a prompt;
+            "equal" numbers in the prompts of a batch, or else its rows are not as alone; "one" in each prompt, and
+            equal lengths where padded on the left, or else again; "none".
+        adjust: changes the model once it is built, where stock initialisation leaves it blind.
+        lacks: what the processor lacks for `AutoProcessor` to load it as it was saved; empty if nothing.
     """
 
     name: str
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[PreTrainedConfig], Any]
-    text_only: bool = False
+    images: Literal["any", "some", "equal", "one", "none"] = "any"
+    adjust: Callable[[PreTrainedModel], Any] | None = None
+    lacks: str = ""
+
+    @property
+    def text_only(self) -> bool:
+        return self.images == "none"
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
         """The model in evaluation mode, with the same random weights each time; do not change it."""
         torch.manual_seed(0)
         auto = AutoModelForCausalLM if self.text_only else AutoModelForImageTextToText
-        return auto.from_config(self.config()).eval()
+        model = auto.from_config(self.config()).eval()
+        if self.adjust:
+            with torch.no_grad():
+                self.adjust(model)
+        # A random model may answer with a placeholder, for which there would be no image in the next step.
+        model.generation_config.suppress_tokens = [*image_token_ids(model.config)] or None
+        return model

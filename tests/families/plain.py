@@ -1,6 +1,5 @@
 """Families whose images come as tokens of the prompt and whose text decoder is a common one."""
 
-import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -41,17 +40,18 @@ from transformers import (
 from transformers.models.pixtral import image_processing_pil_pixtral
 
 from .family import Family
-from .parts import (
+from .sizes import (
     ALTERNATING,
     EDGE,
+    HEAD,
     IMAGE,
+    SPREAD,
     SQUARE,
     VIDEO,
     WIDTH,
     WINDOW,
     count_patches,
     decoder,
-    siglip,
     tower,
     without_videos,
 )
@@ -63,6 +63,11 @@ TILINGS = [[EDGE, EDGE], [EDGE, 2 * EDGE], [2 * EDGE, EDGE]]
 def image_tokenizer() -> PreTrainedTokenizerFast:
     """The tokenizer of the families that only know an image token."""
     return build_tokenizer(special=["<image>"], image_token="<image>")
+
+
+def siglip(**more: Any) -> dict[str, Any]:
+    """The configuration of SigLIP's vision tower without its pooling head, which no family here uses."""
+    return tower(model_type="siglip_vision_model", vision_use_head=False, **more)
 
 
 def clip_tokens(config: LlavaConfig | LlavaNextConfig) -> dict[str, Any]:
@@ -87,8 +92,8 @@ def load_pixtral_processor() -> type[ProcessorMixin]:
 
 def llava_config() -> LlavaConfig:
     return LlavaConfig(
-        text_config=decoder("llama"),
-        vision_config=tower("clip_vision_model", 8),
+        text_config=decoder(model_type="llama"),
+        vision_config=tower(model_type="clip_vision_model", patch_size=8),
         image_token_index=IMAGE,
         image_seq_length=4,
     )
@@ -105,8 +110,8 @@ def llava_processor(config: LlavaConfig) -> LlavaProcessor:
 
 def llava_next_config() -> LlavaNextConfig:
     return LlavaNextConfig(
-        text_config=decoder("mistral", sliding_window=None),
-        vision_config=tower("clip_vision_model", 8),
+        text_config=decoder(model_type="mistral", sliding_window=None),
+        vision_config=tower(model_type="clip_vision_model", patch_size=8),
         image_token_index=IMAGE,
         image_grid_pinpoints=TILINGS,
     )
@@ -123,8 +128,8 @@ def llava_next_processor(config: LlavaNextConfig) -> LlavaNextProcessor:
 
 def llava_onevision_config() -> LlavaOnevisionConfig:
     return LlavaOnevisionConfig(
-        text_config=decoder("qwen2"),
-        vision_config=siglip(8),
+        text_config=decoder(model_type="qwen2"),
+        vision_config=siglip(patch_size=8),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=TILINGS,
@@ -144,8 +149,8 @@ def llava_onevision_processor(config: LlavaOnevisionConfig) -> ProcessorMixin:
 
 def llava_pixtral_config() -> LlavaConfig:
     return LlavaConfig(
-        text_config=decoder("mistral", sliding_window=None),
-        vision_config=tower("pixtral", 8),
+        text_config=decoder(model_type="mistral", sliding_window=None),
+        vision_config=tower(model_type="pixtral", patch_size=8),
         image_token_index=IMAGE,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -154,8 +159,8 @@ def llava_pixtral_config() -> LlavaConfig:
 
 def mistral3_config() -> Mistral3Config:
     return Mistral3Config(
-        text_config=decoder("mistral", sliding_window=WINDOW),
-        vision_config=tower("pixtral", 4),
+        text_config=decoder(model_type="mistral", sliding_window=WINDOW),
+        vision_config=tower(model_type="pixtral"),
         image_token_index=IMAGE,
         spatial_merge_size=2,
         tie_word_embeddings=False,
@@ -175,8 +180,8 @@ def pixtral_processor(config: LlavaConfig | Mistral3Config) -> ProcessorMixin:
 
 def internvl_config() -> InternVLConfig:
     return InternVLConfig(
-        text_config=decoder("qwen2"),
-        vision_config=tower("internvl_vision", 4),
+        text_config=decoder(model_type="qwen2"),
+        vision_config=tower(model_type="internvl_vision"),
         image_token_id=IMAGE,
         image_seq_length=4,
         tie_word_embeddings=False,
@@ -200,8 +205,8 @@ def internvl_processor(config: InternVLConfig) -> ProcessorMixin:
 
 def aya_vision_config() -> AyaVisionConfig:
     return AyaVisionConfig(
-        text_config=decoder("cohere2", logit_scale=1.0, **ALTERNATING),
-        vision_config=siglip(4),
+        text_config=decoder(model_type="cohere2", logit_scale=1.0, **ALTERNATING),
+        vision_config=siglip(),
         image_token_index=IMAGE,
     )
 
@@ -220,7 +225,10 @@ def aya_vision_processor(config: AyaVisionConfig) -> AyaVisionProcessor:
 
 def deepseek_vl_config() -> DeepseekVLConfig:
     return DeepseekVLConfig(
-        text_config=decoder("llama"), vision_config=siglip(8), image_token_id=IMAGE, tie_word_embeddings=False
+        text_config=decoder(model_type="llama"),
+        vision_config=siglip(patch_size=8),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
     )
 
 
@@ -236,8 +244,8 @@ def deepseek_vl_processor(config: DeepseekVLConfig) -> DeepseekVLProcessor:
 def paligemma_config(kind: str, **more: Any) -> Callable[[], PaliGemmaConfig]:
     def config() -> PaliGemmaConfig:
         return PaliGemmaConfig(
-            text_config=decoder(kind, **more),
-            vision_config=siglip(8),
+            text_config=decoder(model_type=kind, **more),
+            vision_config=siglip(patch_size=8),
             image_token_index=IMAGE,
             vocab_size=VOCABULARY_SIZE,
             projection_dim=WIDTH,
@@ -257,13 +265,13 @@ def paligemma_processor(config: PaliGemmaConfig) -> PaliGemmaProcessor:
 
 def gemma3_config() -> Gemma3Config:
     return Gemma3Config(
-        text_config=decoder("gemma3_text", query_pre_attn_scalar=8, **ALTERNATING),
-        vision_config=siglip(4),
+        text_config=decoder(model_type="gemma3_text", query_pre_attn_scalar=HEAD, **ALTERNATING),
+        vision_config=siglip(),
         image_token_index=IMAGE,
         boi_token_index=IMAGE + 1,
         eoi_token_index=IMAGE + 2,
         mm_tokens_per_image=4,
-        initializer_range=0.2,
+        initializer_range=SPREAD,
     )
 
 
@@ -277,26 +285,26 @@ def gemma3_processor(config: Gemma3Config) -> Gemma3Processor:
     )
 
 
-class Gemma3(Family):
-    """Gemma 3 with a projector that sees: stock initialisation leaves it 0, so that every image would be the same."""
-
-    @functools.cached_property
-    def model(self) -> PreTrainedModel:
-        model = super().model
-        nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)
-        return model
+def open_eyes(model: PreTrainedModel) -> None:
+    """Gemma 3's projector begins at 0, so that every image would be the same."""
+    nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=SPREAD)
 
 
 FAMILIES: list[Family] = [
     Family("llava", llava_config, llava_processor),
     Family("llava_next", llava_next_config, llava_next_processor),
-    Family("llava_onevision", llava_onevision_config, llava_onevision_processor),
-    Family("llava+pixtral", llava_pixtral_config, pixtral_processor),
-    Family("mistral3", mistral3_config, pixtral_processor),
-    Family("internvl", internvl_config, internvl_processor),
+    Family("llava_onevision", llava_onevision_config, llava_onevision_processor, lacks="torchvision"),
+    Family("llava+pixtral", llava_pixtral_config, pixtral_processor, lacks="torchvision"),
+    Family("mistral3", mistral3_config, pixtral_processor, lacks="torchvision"),
+    Family("internvl", internvl_config, internvl_processor, lacks="torchvision"),
     Family("aya_vision", aya_vision_config, aya_vision_processor),
     Family("deepseek_vl", deepseek_vl_config, deepseek_vl_processor),
-    Family("paligemma", paligemma_config("gemma"), paligemma_processor),
-    Family("paligemma2", paligemma_config("gemma2", query_pre_attn_scalar=8, **ALTERNATING), paligemma_processor),
-    Gemma3("gemma3", gemma3_config, gemma3_processor),
+    Family("paligemma", paligemma_config("gemma"), paligemma_processor, images="some"),
+    Family(
+        "paligemma2",
+        paligemma_config("gemma2", query_pre_attn_scalar=HEAD, **ALTERNATING),
+        paligemma_processor,
+        images="some",
+    ),
+    Family("gemma3", gemma3_config, gemma3_processor, adjust=open_eyes),
 ]

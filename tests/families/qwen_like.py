@@ -1,8 +1,7 @@
 """Qwen-VL and GLM-V, which see images of any size; Idefics 3 and SmolVLM, which pad them to equal numbers."""
 
-import functools
-import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from transformers import (
@@ -30,7 +29,7 @@ from transformers.models.smolvlm import processing_smolvlm
 from transformers.processing_utils import ProcessorMixin
 
 from .family import Family
-from .sizes import DEPTH, SPREAD, text_sizes, token_ids, vision_sizes
+from .sizes import DEPTH, EDGE, IMAGE, SPREAD, WIDTH, count_patches, decoder, token_ids, tower, without_videos
 from .text import build_tokenizer, chat_template
 
 QWEN = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
@@ -43,7 +42,7 @@ IDEFICS = ("<image>", "<fake_token_around_image>", "<end_of_utterance>", "<globa
 
 def vision_of_any_size(**more: Any) -> dict[str, Any]:
     names = {"num_hidden_layers": "depth", "num_attention_heads": "num_heads"}
-    sizes = {names.get(name, name): value for name, value in vision_sizes(out_hidden_size=32, **more).items()}
+    sizes = {names.get(name, name): value for name, value in tower(out_hidden_size=WIDTH, **more).items()}
     return sizes if "image_size" in more else {k: v for k, v in sizes.items() if k != "image_size"}
 
 
@@ -54,7 +53,7 @@ def multimodal_rope() -> dict[str, Any]:
 def qwen_config(kind: type[PreTrainedConfig], vision: dict[str, Any], **text: Any) -> PreTrainedConfig:
     image, video, start, end = token_ids(QWEN)
     return kind(
-        text_config=text_sizes(rope_parameters=multimodal_rope(), **text),
+        text_config=decoder(rope_parameters=multimodal_rope(), **text),
         vision_config=vision,
         image_token_id=image,
         video_token_id=video,
@@ -64,7 +63,7 @@ def qwen_config(kind: type[PreTrainedConfig], vision: dict[str, Any], **text: An
 
 
 def qwen2_vl_config() -> Qwen2VLConfig:
-    vision = {"depth": DEPTH, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
+    vision = {"depth": DEPTH, "embed_dim": WIDTH, "hidden_size": WIDTH, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
     return qwen_config(Qwen2VLConfig, {**vision, "initializer_range": SPREAD})
 
 
@@ -86,8 +85,8 @@ def qwen3_vl_moe_config() -> Qwen3VLMoeConfig:
 def glm4v_config() -> Glm4vConfig:
     image, video, image_start, image_end, video_start, video_end = token_ids(GLM)
     return Glm4vConfig(
-        text_config=text_sizes(rope_parameters=multimodal_rope()),
-        vision_config=vision_of_any_size(image_size=16),
+        text_config=decoder(rope_parameters=multimodal_rope()),
+        vision_config=vision_of_any_size(image_size=EDGE),
         image_token_id=image,
         video_token_id=video,
         image_start_token_id=image_start,
@@ -95,22 +94,6 @@ def glm4v_config() -> Glm4vConfig:
         video_start_token_id=video_start,
         video_end_token_id=video_end,
     )
-
-
-def without_videos(kind: type[ProcessorMixin]) -> type[ProcessorMixin]:
-    """The stock processor without its video processor, which needs torchvision."""
-
-    class ImageProcessor(kind):
-        def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-            super().__init__(image_processor, tokenizer, None, **kwargs)
-
-        # SmolVLM's reads off the video processor how to sample frames.
-        apply_chat_template = ProcessorMixin.apply_chat_template
-
-    signature = inspect.signature(kind.__init__)  # off which a processor reads its parts, and what it saves
-    kept = [parameter for name, parameter in signature.parameters.items() if name != "video_processor"]
-    ImageProcessor.__init__.__signature__ = signature.replace(parameters=kept)
-    return ImageProcessor
 
 
 def qwen_processor(kind: type[ProcessorMixin], config: PreTrainedConfig) -> ProcessorMixin:
@@ -136,9 +119,9 @@ def glm4v_processor(config: Glm4vConfig) -> ProcessorMixin:
 
 def idefics_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     return kind(
-        text_config=text_sizes(model_type="llama"),
-        vision_config=vision_sizes(),
-        image_token_id=token_ids(IDEFICS)[0],
+        text_config=decoder(model_type="llama"),
+        vision_config=tower(),
+        image_token_id=IMAGE,
         pad_token_id=0,
         scale_factor=2,
     )
@@ -147,12 +130,11 @@ def idefics_config(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
 def idefics_processor(
     kind: Callable[..., ProcessorMixin], images: type[PilBackend], config: PreTrainedConfig
 ) -> ProcessorMixin:
-    edge = {"longest_edge": config.vision_config.image_size}
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    edge = {"longest_edge": EDGE}
     return kind(
         images(size=edge, max_image_size=edge, do_image_splitting=False),
         build_tokenizer(IDEFICS),
-        image_seq_len=patches // config.scale_factor**2,
+        image_seq_len=count_patches(config) // config.scale_factor**2,
         chat_template=chat_template("<image>"),
     )
 
@@ -164,15 +146,15 @@ def smolvlm_processor(config: SmolVLMConfig) -> ProcessorMixin:
 
 
 FAMILIES: list[Family] = [
-    Family("qwen2_vl", qwen2_vl_config, functools.partial(qwen_processor, Qwen2VLProcessor)),
-    Family("qwen2_5_vl", qwen2_5_vl_config, functools.partial(qwen_processor, Qwen2_5_VLProcessor)),
-    Family("qwen3_vl", qwen3_vl_config, functools.partial(qwen_processor, Qwen3VLProcessor)),
-    Family("qwen3_vl_moe", qwen3_vl_moe_config, functools.partial(qwen_processor, Qwen3VLProcessor)),
-    Family("glm4v", glm4v_config, glm4v_processor),
+    Family("qwen2_vl", qwen2_vl_config, partial(qwen_processor, Qwen2VLProcessor), lacks="torchvision"),
+    Family("qwen2_5_vl", qwen2_5_vl_config, partial(qwen_processor, Qwen2_5_VLProcessor), lacks="torchvision"),
+    Family("qwen3_vl", qwen3_vl_config, partial(qwen_processor, Qwen3VLProcessor), lacks="torchvision"),
+    Family("qwen3_vl_moe", qwen3_vl_moe_config, partial(qwen_processor, Qwen3VLProcessor), lacks="torchvision"),
+    Family("glm4v", glm4v_config, glm4v_processor, lacks="torchvision"),
     Family(
         "idefics3",
-        functools.partial(idefics_config, Idefics3Config),
-        functools.partial(idefics_processor, Idefics3Processor, Idefics3ImageProcessorPil),
+        partial(idefics_config, Idefics3Config),
+        partial(idefics_processor, Idefics3Processor, Idefics3ImageProcessorPil),
     ),
-    Family("smolvlm", functools.partial(idefics_config, SmolVLMConfig), smolvlm_processor),
+    Family("smolvlm", partial(idefics_config, SmolVLMConfig), smolvlm_processor, lacks="torchvision"),
 ]

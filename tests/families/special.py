@@ -1,5 +1,7 @@
 """Families with a processor, an image path or an FFN of their own, and those without images."""
 
+import torch
+from torch import nn
 from transformers import (
     BlipImageProcessorPil,
     ChameleonConfig,
@@ -15,6 +17,7 @@ from transformers import (
     MllamaImageProcessorPil,
     MllamaProcessor,
     PreTrainedConfig,
+    PreTrainedModel,
     Qwen2Config,
 )
 from transformers.image_processing_backends import PilBackend
@@ -22,9 +25,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.processing_utils import ProcessorMixin
 
-from . import qwen_like
 from .family import Family
-from .sizes import DEPTH, PIXELS, SPREAD, text_sizes, token_ids, vision_sizes
+from .sizes import DEPTH, IMAGE, SPREAD, SQUARE, WIDTH, decoder, token_ids, tower
 from .text import VOCABULARY_SIZE, build_tokenizer, chat_template
 
 MLLAMA = ("<|image|>", "<|python_tag|>")
@@ -39,30 +41,33 @@ LLAMA4 = (
 CHAMELEON = ("<image>", "<racm3:break>", "<eoss>", "<sep>")
 INSTRUCTBLIP = ("<image>",)
 
-ONE_IMAGE = ("instructblip",)  # families each of whose prompts has exactly one image; padding changes what they give
-CLOSED = ("mllama",)  # families whose images change nothing yet: the gates of cross-attention begin at 0
-
 
 # Llama 3.2: images reach the text by cross-attention, from layer 1 here
 
 
 def mllama_config() -> MllamaConfig:
     return MllamaConfig(
-        text_config=text_sizes(
-            num_hidden_layers=4,
+        text_config=decoder(
             cross_attention_layers=[1],
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         ),
-        vision_config=vision_sizes(
-            patch_size=8, num_global_layers=1, intermediate_layers_indices=[1, 3], vision_output_dim=3 * 32
+        vision_config=tower(
+            patch_size=8, num_global_layers=1, intermediate_layers_indices=[1, 3], vision_output_dim=3 * WIDTH
         ),
-        image_token_index=token_ids(MLLAMA)[0],
+        image_token_index=IMAGE,
     )
 
 
 def mllama_processor(config: MllamaConfig) -> MllamaProcessor:
-    images = MllamaImageProcessorPil(size=PIXELS, max_image_tiles=config.vision_config.max_num_tiles)
+    images = MllamaImageProcessorPil(size=SQUARE, max_image_tiles=config.vision_config.max_num_tiles)
     return MllamaProcessor(images, build_tokenizer(MLLAMA), chat_template("<|image|>"))
+
+
+def open_gates(model: PreTrainedModel) -> None:
+    """The gates of cross-attention begin at 0, so that no image would reach the text."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate"):
+            nn.init.constant_(parameter, 0.7)
 
 
 # Llama 4: experts in every second layer
@@ -71,15 +76,14 @@ def mllama_processor(config: MllamaConfig) -> MllamaProcessor:
 def llama4_config() -> Llama4Config:
     patch, _, start, end, *_ = token_ids(LLAMA4)
     return Llama4Config(
-        text_config=text_sizes(
-            num_hidden_layers=4,
+        text_config=decoder(
             intermediate_size_mlp=48,
             interleave_moe_layer_step=2,
             num_local_experts=4,
             rope_parameters={"rope_type": "default", "rope_theta": 1e4},
         ),
-        vision_config=vision_sizes(
-            intermediate_size=128, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32
+        vision_config=tower(
+            intermediate_size=128, vision_output_dim=WIDTH, projector_input_dim=WIDTH, projector_output_dim=WIDTH
         ),
         image_token_index=patch,
         boi_token_index=start,
@@ -98,7 +102,7 @@ class OneTile(PilBackend):
     do_resize = do_rescale = do_normalize = do_convert_rgb = True
     image_mean = image_std = (0.5, 0.5, 0.5)
     resample = PILImageResampling.BILINEAR
-    size = PIXELS
+    size = SQUARE
 
     def _preprocess(self, images, **kwargs):
         features = super()._preprocess(images, **kwargs)
@@ -123,7 +127,7 @@ def chameleon_config() -> ChameleonConfig:
     first = VOCABULARY_SIZE - codes  # tokens that no text has
     names = ["".join(chr(ord("A") + int(digit)) for digit in str(code)) for code in range(codes)]
     return ChameleonConfig(
-        **text_sizes(),
+        **decoder(),
         vq_config={
             "num_embeddings": codes,
             "embed_dim": 8,
@@ -138,6 +142,13 @@ def chameleon_config() -> ChameleonConfig:
             **{f"IMGIMG{name}Z": first + code for code, name in enumerate(names)},
         },
     )
+
+
+def tell_apart(model: PreTrainedModel) -> None:
+    """Random codes are far from what images are, so that nearly all images would get the same one."""
+    vq, edge = model.model.vqmodel, model.config.vq_config.resolution
+    noise = vq.encoder(torch.randn(4, 3, edge, edge))
+    vq.quantize.embedding.weight.copy_(vq.quant_conv(noise).movedim(1, -1).flatten(end_dim=-2))
 
 
 def chameleon_processor(config: ChameleonConfig) -> ChameleonProcessor:
@@ -156,14 +167,14 @@ def chameleon_processor(config: ChameleonConfig) -> ChameleonProcessor:
 
 
 def instructblip_config() -> InstructBlipConfig:
-    text = text_sizes(model_type="opt", ffn_dim=48, word_embed_proj_dim=32, init_std=SPREAD)
+    text = decoder(model_type="opt", ffn_dim=48, word_embed_proj_dim=WIDTH, init_std=SPREAD)
     not_of_opt = ("intermediate_size", "num_key_value_heads", "head_dim", "initializer_range")
     return InstructBlipConfig(
         text_config={name: value for name, value in text.items() if name not in not_of_opt},
-        vision_config=vision_sizes(),
+        vision_config=tower(),
         qformer_config={
             "vocab_size": VOCABULARY_SIZE,
-            "hidden_size": 32,
+            "hidden_size": WIDTH,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
@@ -171,7 +182,7 @@ def instructblip_config() -> InstructBlipConfig:
             "initializer_range": SPREAD,
         },
         num_query_tokens=4,
-        image_token_index=token_ids(INSTRUCTBLIP)[0],
+        image_token_index=IMAGE,
         initializer_range=SPREAD,
     )
 
@@ -179,10 +190,15 @@ def instructblip_config() -> InstructBlipConfig:
 def instructblip_processor(config: InstructBlipConfig) -> InstructBlipProcessor:
     tokenizers = [build_tokenizer(INSTRUCTBLIP) for _ in range(2)]
     processor = InstructBlipProcessor(
-        BlipImageProcessorPil(size=PIXELS), *tokenizers, num_query_tokens=config.num_query_tokens
+        BlipImageProcessorPil(size=SQUARE), *tokenizers, num_query_tokens=config.num_query_tokens
     )
     processor.chat_template = chat_template("")  # the processor writes the image's tokens
     return processor
+
+
+def ask(model: PreTrainedModel) -> None:
+    """The Q-Former's queries begin at 0, so that all would be the same."""
+    nn.init.normal_(model.query_tokens, std=SPREAD)
 
 
 # Without images
@@ -198,18 +214,20 @@ class TextProcessor(ProcessorMixin):
 def text_family(name: str, kind: type[PreTrainedConfig]) -> Family:
     return Family(
         name,
-        config=lambda: kind(**text_sizes()),
+        config=lambda: kind(**decoder()),
         processor=lambda config: TextProcessor(build_tokenizer(), chat_template()),
-        text_only=True,
+        images="none",
+        lacks="a class of transformers",
     )
 
 
 FAMILIES: list[Family] = [
-    *qwen_like.FAMILIES,
-    Family("mllama", mllama_config, mllama_processor),
-    Family("llama4", llama4_config, llama4_processor),
-    Family("chameleon", chameleon_config, chameleon_processor),
-    Family("instructblip", instructblip_config, instructblip_processor),
+    Family("mllama", mllama_config, mllama_processor, images="equal", adjust=open_gates),
+    Family("llama4", llama4_config, llama4_processor, lacks="torchvision"),
+    Family("chameleon", chameleon_config, chameleon_processor, adjust=tell_apart, lacks="a chat template"),
+    Family(
+        "instructblip", instructblip_config, instructblip_processor, images="one", adjust=ask, lacks="a chat template"
+    ),
     text_family("llama", LlamaConfig),
     text_family("qwen2", Qwen2Config),
     text_family("gemma", GemmaConfig),

@@ -89,6 +89,11 @@ class CareConfig(PreTrainedConfig):
         """The base's text configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "tie_word_embeddings" and self.__dict__.get("vlm_config") is not None:
+            self.vlm_config.tie_word_embeddings = value  # it is the base that has the embeddings
+
     def __getattr__(self, name: str) -> Any:
         # Only what is not found otherwise comes here: image_token_id, text_config, quantization_config, ...
         vlm_config = self.__dict__.get("vlm_config")

@@ -85,6 +85,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def initialize_weights(self) -> None:
         """As in transformers; buffers of the repair that nothing has filled are NaN, whatever memory held before."""
         fresh = [module for module in self.modules() if not getattr(module, "_is_hf_initialized", False)]
+        self.vlm.initialize_weights()  # as of a model of transformers: of others it passes over some modules
         super().initialize_weights()
         for module in fresh:
             if isinstance(module, (FixedPrecision, ModalityProjection)):

@@ -177,6 +177,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
         repaired.layers = repaired.layers.to(model.device)
+        for module in repaired.modules():
+            module._is_hf_initialized = True  # `init_weights` is for what nothing has filled
         return repaired.train(model.training)
 
     @classmethod

@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 from torch import nn
@@ -104,12 +103,10 @@ class SignatureOfBase:
     def __get__(self, model, owner=None):
         if model is None:
             return self.method
-        bound = MethodType(self.method, model)
-        if torch.compiler.is_compiling() or "vlm" not in model._modules:
-            return bound
-        telling = functools.partial(bound)
-        telling.__signature__ = _signature_bound(type(model.vlm))
-        return telling
+        bound = functools.partial(self.method, model)  # bound methods take no attributes
+        if not torch.compiler.is_compiling() and "vlm" in model._modules:
+            bound.__signature__ = _signature_bound(type(model.vlm))
+        return bound
 
 
 @functools.cache

@@ -89,12 +89,20 @@ class LlavaTester:
 class CareTester(LlavaTester):
     """The same, repaired by modality."""
 
+    fusion = "adaptive"
+
     def get_config(self):
         sites = [
             {"site": "0.ffn", "ranks": {"visual": 3, "text": 2}, "oblique": []},
             {"site": "1.residual", "ranks": {"visual": 2, "text": 3}, "oblique": ["text"]},
         ]
-        return CareConfig(super().get_config(), sites)
+        return CareConfig(super().get_config(), sites, self.fusion)
+
+
+class RoutedTester(CareTester):
+    """The same, each modality on its own tokens."""
+
+    fusion = "route"
 
 
 class GatedTester(LlavaTester):
@@ -218,6 +226,12 @@ class CareTest(CommonTests, unittest.TestCase):
         """It looks for plans one level below the configuration; run although they are one level deeper."""
         self._during_this_test(patch.object(CareConfig, "base_model_tp_plan", {}))
         super().test_tp_plan_matches_params()
+
+
+class RoutedCareTest(CareTest):
+    """The wrapper, repairing each modality on its own tokens."""
+
+    make_tester = RoutedTester
 
 
 class GatedCareTest(CareTest):

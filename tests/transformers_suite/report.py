@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-STOCK, OURS = "StockLlavaTest", {"CareTest": "by modality", "GatedCareTest": "gated"}
+STOCK = "StockLlavaTest"
+OURS = {"CareTest": "adaptive", "RoutedCareTest": "routed", "GatedCareTest": "gated"}
 CLASSES = {"LlavaForConditionalGeneration", "CareForConditionalGeneration", "LlavaConfig", "CareConfig"}
 WORST_FIRST = ("failed", "passed", "skipped")  # of the subtests of a test
 
@@ -85,7 +86,7 @@ def written(comparison: Comparison, stubbed: list[str], module: Path) -> str:
         "# transformers' own common model tests",
         f"`python tests/transformers_suite/run.py` with transformers {version('transformers')}, torch "
         f"{version('torch')}, Python {platform.python_version()}, care_hf {version('care_hf')}. The tests are those of "
-        "transformers' source archive, `tests/test_modeling_common.py`; all three classes ran in one pytest, on equal "
+        "transformers' source archive, `tests/test_modeling_common.py`; all classes ran in one pytest, on equal "
         "tiny LLaVAs." + (f" The archive lacks {lacking}, so tests defined there did not run." if lacking else ""),
         _counts(comparison),
         "## Where the wrapper and stock LLaVA differ",
@@ -124,7 +125,7 @@ def _differences(comparison: Comparison) -> str:
                 rows.setdefault((name, kind, outcome.kind, _cell(outcome.why)), []).append(label)
     if not rows:
         return "Nowhere."
-    lines = [[f"`{name}`", ", ".join(labels), *rest] for (name, *rest), labels in rows.items()]
+    lines = [[f"`{name}`", "; ".join(labels), *rest] for (name, *rest), labels in rows.items()]
     return _table(["test", "repair", "stock LLaVA", "wrapper", "why"], lines)
 
 

@@ -28,7 +28,8 @@ class CareConfig(PreTrainedConfig):
         origin: how the repair came about, as strings.
 
     Raises:
-        ValueError: sites, fusion, gate or scope are not of that form, or the gate decides after a repair that asks it.
+        ValueError: vlm_config, sites, fusion, gate or scope are not of that form, or the gate decides after a repair
+            that asks it.
     """
 
     model_type = "care"
@@ -51,6 +52,11 @@ class CareConfig(PreTrainedConfig):
                     "vlm_config has no 'model_type', so the base model is unknown; the config.json is broken."
                 )
             vlm_config = AutoConfig.for_model(**vlm_config)
+        if vlm_config is None:
+            raise ValueError(
+                "There is no vlm_config, so this is not the configuration of a repaired model; to repair a base model, "
+                "use `care_hf.fit` or `CareForConditionalGeneration.from_base`."
+            )
         self.vlm_config = vlm_config
         self.sites = [_check_site(entry) for entry in sites]
         if len({entry["site"] for entry in self.sites}) < len(self.sites):
@@ -61,10 +67,9 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(f"scope={scope!r} is not known; choose one of {SCOPES}.")
         self.fusion, self.scope, self.gate, self.origin = fusion, scope, gate, dict(origin or {})
         self._check_gate()
-        if vlm_config is not None:
-            kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
-            kwargs.setdefault("attn_implementation", vlm_config._attn_implementation)
-            kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
+        kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
+        kwargs.setdefault("attn_implementation", vlm_config._attn_implementation)
+        kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
     def _check_gate(self) -> None:
@@ -88,6 +93,11 @@ class CareConfig(PreTrainedConfig):
     def get_text_config(self, decoder=None, encoder=None):
         """The base's text configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "tie_word_embeddings" and self.__dict__.get("vlm_config") is not None:
+            self.vlm_config.tie_word_embeddings = value  # it is the base that has the embeddings
 
     def __getattr__(self, name: str) -> Any:
         # Only what is not found otherwise comes here: image_token_id, text_config, quantization_config, ...

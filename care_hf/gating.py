@@ -77,8 +77,8 @@ class GateReader(FixedPrecision):
         super().__init__()
         self.required, self.pictured = required, pictured
         columns = required + alarms + pictured
-        self.register_buffer("readers", torch.full((dimension, columns), torch.nan))
-        self.register_buffer("thresholds", torch.full((columns,), torch.nan))
+        self.register_buffer("readers", torch.full((dimension, columns), torch.nan, dtype=torch.float32))
+        self.register_buffer("thresholds", torch.full((columns,), torch.nan, dtype=torch.float32))
 
     @classmethod
     def from_gate(cls, gate: Gate) -> "GateReader":
@@ -174,7 +174,7 @@ class TurnProjection(FixedPrecision):
             self.add_module(
                 name, ModalityProjection(dimension, ranks[name], name in oblique, per_step) if name in ranks else None
             )
-        self.register_buffer("strength", torch.tensor(torch.nan))
+        self.register_buffer("strength", torch.tensor(torch.nan, dtype=torch.float32))
 
     @classmethod
     def from_subspaces(cls, subspaces: Mapping[str, Subspace], strength: float = 1.0) -> "TurnProjection":

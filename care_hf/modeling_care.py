@@ -13,15 +13,16 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    initialization,
 )
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .configuration_care import CareConfig
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
-from .projection import SafetyProjection, Subspace
+from .projection import FixedPrecision, ModalityProjection, SafetyProjection, Subspace
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
-from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
+from .repaired_module import CareSiteMixin, SignatureOfBase, care_class, copy_structure, execution_device
 from .sites import Site, hidden_size, image_token_ids, site_module, visual_token_ids
 
 logger = logging.get_logger(__name__)
@@ -70,8 +71,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.processor = None
         self.vlm = _auto_class(config.vlm_config).from_config(config.vlm_config) if vlm is None else vlm
-        layers = sorted({Site.parse(entry["site"]).layer for entry in config.sites})
-        self.register_buffer("layers", torch.tensor(layers, dtype=torch.int64))
+        self.register_buffer("layers", torch.tensor(self._layers(), dtype=torch.int64))
         self.care_state = RepairState(
             config.gate["prompt_end"] if config.gate else (),
             image_token_ids(config.vlm_config),
@@ -94,6 +94,22 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         ]
         watch_forwards(self.vlm, self.care_state)
         self.post_init()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """As in transformers; buffers of the repair that nothing has filled are NaN, whatever memory held before."""
+        fresh = [module for module in self.modules() if not getattr(module, "_is_hf_initialized", False)]
+        self.vlm.initialize_weights()  # as of a model of transformers: of others it passes over some modules
+        super().initialize_weights()
+        for module in fresh:
+            if isinstance(module, (FixedPrecision, ModalityProjection)):
+                for buffer in module.buffers(recurse=False):
+                    initialization.constant_(buffer, torch.nan if buffer.is_floating_point() else -1)
+            elif module is self:
+                initialization.copy_(self.layers, torch.tensor(self._layers()))
+
+    def _layers(self) -> list[int]:
+        return sorted({Site.parse(entry["site"]).layer for entry in self.config.sites})
 
     def _tells_visual_tokens_apart(self) -> bool:
         by_modality = any(set(entry["ranks"]) & {"visual", "text"} for entry in self.config.sites)
@@ -176,6 +192,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
         repaired.layers = repaired.layers.to(model.device)
+        for module in repaired.modules():
+            module._is_hf_initialized = True  # `init_weights` is for what nothing has filled
         return repaired.train(model.training)
 
     @classmethod
@@ -223,9 +241,10 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             except ValueError as error:
                 raise ValueError(f"{where[0].upper()}{where[1:]}: {error}") from error
         _check_prompt_end(self.vlm, self.gate)
-        layers = sorted({site.layer for site in self._site_modules()})
-        if self.layers.tolist() != layers:
-            raise ValueError(f"The buffer `layers` is {self.layers.tolist()}, but config.json names sites in {layers}.")
+        if self.layers.tolist() != self._layers():
+            raise ValueError(
+                f"The buffer `layers` is {self.layers.tolist()}, but config.json names sites in {self._layers()}."
+            )
 
     def care_modules(self) -> dict[Site, SafetyProjection | TurnProjection]:
         """The repair of every site."""
@@ -276,6 +295,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # Everything else is the base's.
 
+    @SignatureOfBase
     def forward(self, *args, **kwargs):
         """The base's forward, repaired."""
         return self.vlm(*args, **kwargs)

@@ -121,7 +121,8 @@ class ModalityProjection(nn.Module):
         super().__init__()
         # NaN until loaded: what a file fails to bring can then be told from what it brings.
         self.register_buffer("basis", torch.full((dimension, rank), torch.nan, dtype=torch.float32))
-        self.register_buffer("mean", torch.full((steps, dimension) if steps else (dimension,), torch.nan))
+        anchors = (steps, dimension) if steps else (dimension,)
+        self.register_buffer("mean", torch.full(anchors, torch.nan, dtype=torch.float32))
         self.register_buffer("beta", torch.tensor(torch.nan, dtype=torch.float32))
         self.register_buffer(
             "reader", torch.full((dimension, rank), torch.nan, dtype=torch.float32) if oblique else None

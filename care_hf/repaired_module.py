@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import inspect
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -96,6 +98,35 @@ def copy_structure(model: nn.Module) -> nn.Module:
                 v for v in (getattr(part, "weights_map", None), getattr(part, "tied_params_map", None)) if v is not None
             ]
     return copy.deepcopy(model, {id(value): value for value in shared})
+
+
+class SignatureOfBase:
+    """Decorates the wrapper's `forward`, which passes on what it is given, to say what the base takes.
+
+    By its signature `Trainer` chooses the columns of a data set, and exporters name the inputs. Of an instance it is
+    that of its own base; of the class, what all bases have in common.
+    """
+
+    def __init__(self, method: Callable):
+        self.method = method
+        given = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", "input_ids")]
+        named = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        others = inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)
+        method.__signature__ = inspect.Signature([given[0], given[1].replace(default=None), named, others])
+
+    def __get__(self, model, owner=None):
+        if model is None:
+            return self.method
+        bound = functools.partial(self.method, model)  # bound methods take no attributes
+        if not torch.compiler.is_compiling() and "vlm" in model._modules:
+            bound.__signature__ = _signature_bound(type(model.vlm))
+        return bound
+
+
+@functools.cache
+def _signature_bound(cls: type[nn.Module]) -> inspect.Signature:
+    whole = inspect.signature(cls.forward)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def execution_device(module: nn.Module) -> torch.device:

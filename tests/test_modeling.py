@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 import pickle
 import shutil
@@ -8,6 +9,7 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import random_subspace
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -22,7 +24,8 @@ from transformers import (
 )
 
 from care_hf import CareConfig, CareForConditionalGeneration, SafetySubspaces
-from care_hf.projection import FUSIONS, repair
+from care_hf.gating import GateReader, TurnProjection
+from care_hf.projection import FUSIONS, SafetyProjection, repair
 from care_hf.samples import Sample, collate
 from care_hf.sites import Site, record
 
@@ -384,8 +387,79 @@ def test_a_truncated_file_does_not_load(checkpoint):
         (lambda m: CareConfig(m.config, [{"site": "2.ffn", "ranks": {"text": 1}}] * 2), "twice"),
         (lambda m: CareConfig(m.config, [{"site": "2.ffn", "ranks": {"text": 1}, "oblique": ["visual"]}]), "oblique="),
         (lambda m: CareConfig(m.config, fusion="mean"), "fusion='mean'"),
+        (lambda m: CareConfig(), "no vlm_config"),
     ],
 )
 def test_what_cannot_be_repaired_is_named(llava, build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build(llava)
+
+
+# What transformers' common model tests ask for
+
+
+def test_forward_takes_what_the_base_takes(repaired, llava):
+    assert inspect.signature(repaired.forward) == inspect.signature(llava.forward)
+    assert list(inspect.signature(type(repaired).forward).parameters) == ["self", "input_ids", "labels", "kwargs"]
+
+
+def test_a_copy_of_a_hooked_model_runs_itself(repaired, inputs):
+    add_hook_to_module(repaired, ModelHook())
+    twin = copy.deepcopy(repaired)
+    twin.strength = 0.0
+    with torch.no_grad(), repaired.disable():
+        base = repaired(**inputs).logits
+    with torch.no_grad():
+        assert torch.equal(twin(**inputs).logits, base) and not torch.equal(repaired(**inputs).logits, base)
+
+
+def test_the_embeddings_are_tied_as_the_configuration_says(repaired):
+    config = copy.deepcopy(repaired.config)
+    assert not config.tie_word_embeddings
+    config.tie_word_embeddings = True
+    assert config.vlm_config.tie_word_embeddings and CareConfig.from_dict(config.to_dict()).tie_word_embeddings
+    tied = CareForConditionalGeneration(config)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+
+
+def test_a_repair_that_nothing_filled_is_nan_whatever_memory_held(repaired):
+    with torch.device("meta"):
+        model = CareForConditionalGeneration(repaired.config)
+    model.to_empty(device="cpu")
+    for buffer in model.buffers():
+        buffer.fill_(1)
+    model.init_weights()
+    assert model.layers.tolist() == repaired.layers.tolist()
+    for part in model.care_modules().values():
+        assert all(buffer.isnan().all() for buffer in part.buffers() if buffer.is_floating_point())
+    with pytest.raises(ValueError, match="not finite"):
+        model.check()
+    repaired.init_weights()  # fills nothing that is filled already
+    repaired.check()
+
+
+def test_the_base_is_initialised_as_alone(repaired):
+    """On the meta device too, where transformers passes over modules of models that it does not know."""
+    with torch.device("meta"):
+        model = CareForConditionalGeneration(repaired.config)
+    model.to_empty(device="cpu").init_weights()
+    for (name, one), other in zip(model.vlm.named_parameters(), repaired.vlm.parameters(), strict=True):
+        if "vision_tower" in name and name.endswith("proj.weight"):
+            torch.testing.assert_close(one.std(), other.std(), rtol=0.2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "arguments"),
+    [
+        (SafetyProjection, (8, {"visual": 2, "text": 2}, "union", ["text"])),
+        (TurnProjection, (8, {"last": 2, "response": 2}, 3, ["last"])),
+        (GateReader, (8, 0, 1, 1)),
+    ],
+)
+def test_buffers_of_a_repair_are_single_precision_whatever_the_default(part, arguments):
+    torch.set_default_dtype(torch.float16)
+    try:
+        buffers = list(part(*arguments).buffers())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {buffer.dtype for buffer in buffers if buffer.is_floating_point()} == {torch.float32}

@@ -68,7 +68,9 @@ class CareConfig(PreTrainedConfig):
         self.fusion, self.scope, self.gate, self.origin = fusion, scope, gate, dict(origin or {})
         self._check_gate()
         kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
-        kwargs.setdefault("attn_implementation", vlm_config._attn_implementation)
+        own = vlm_config._attn_implementation
+        for name, of_whole in (("attn_implementation", {"": own}), ("experts_implementation", {})):
+            kwargs.setdefault(name, {**of_whole, "vlm_config": _of_each_part(vlm_config, f"_{name}")})
         kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
 
@@ -105,6 +107,13 @@ class CareConfig(PreTrainedConfig):
         if name.startswith("_") or vlm_config is None:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
         return getattr(vlm_config, name)
+
+
+def _of_each_part(config: PreTrainedConfig, name: str) -> dict[str, Any]:
+    """An implementation, attention's or experts', as transformers takes it part by part, for parts may differ."""
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    of_parts = {key: _of_each_part(part, name) for key, part in parts.items() if part is not None}
+    return {"": getattr(config, name, None), **of_parts}
 
 
 def _check_site(entry: dict[str, Any]) -> dict[str, Any]:

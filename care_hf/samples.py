@@ -309,17 +309,29 @@ def answered(
     ends = [tokenizer.eos_token_id] if end else []
     tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"] + ends for answer in answers]
     missing = max(b + len(t) for b, t in zip(begins, tokens, strict=True)) - prompts["input_ids"].shape[1]
-    # Whatever else counts tokens, such as their types, is 0 for text.
-    of_tokens = {name for name, value in prompts.items() if value.shape == prompts["input_ids"].shape}
-    inputs = {k: F.pad(v, (0, missing)) if k in of_tokens else v for k, v in prompts.items()}
+    inputs = _longer(prompts, missing)
     labels = torch.full_like(inputs["input_ids"], IGNORED)
     for row, (begin, answer) in enumerate(zip(begins, tokens, strict=True)):
         labels[row, begin : begin + len(answer)] = torch.tensor(answer, dtype=labels.dtype)
     # In `collate`'s padding lie pad tokens, in this function's zeros: both are masked.
     inputs["input_ids"] = torch.where(labels != IGNORED, labels, inputs["input_ids"])
     inputs["attention_mask"] = inputs["attention_mask"] | (labels != IGNORED)
+    if (seen := inputs.get("cross_attention_mask")) is not None:
+        # Answers see the images that the prompt's last token sees.
+        lasts = seen[torch.arange(len(seen)), torch.tensor(begins) - 1]
+        inputs["cross_attention_mask"] = torch.where((labels != IGNORED)[..., None, None], lasts[:, None], seen)
     mark_answers(processor, inputs, labels)
     return inputs, labels
+
+
+def _longer(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    """The inputs with `count` further tokens, of which all that counts tokens, such as their types, says 0."""
+    shape = inputs["input_ids"].shape
+    none = (0, 0)
+    return {
+        name: F.pad(value, (*none * (value.dim() - 2), 0, count)) if value.shape[:2] == shape else value
+        for name, value in inputs.items()
+    }
 
 
 def mark_answers(processor, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:

@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from support_matrix import pytest_addoption, pytest_configure  # noqa: F401
 from transformers import LlavaForConditionalGeneration
 
 from care_hf.projection import Subspace

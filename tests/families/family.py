@@ -39,7 +39,11 @@ class Family:
 
     @functools.cached_property
     def model(self) -> PreTrainedModel:
-        """The model in evaluation mode, with the same random weights each time; do not change it."""
+        """The model in evaluation mode; do not change it."""
+        return self.build()
+
+    def build(self) -> PreTrainedModel:
+        """A new model in evaluation mode, with the same random weights each time."""
         torch.manual_seed(0)
         auto = AutoModelForCausalLM if self.text_only else AutoModelForImageTextToText
         model = auto.from_config(self.config()).eval()

@@ -18,12 +18,12 @@ from transformers import (
     MllamaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.processing_utils import ProcessorMixin
 
 from .family import Family
 from .sizes import DEPTH, IMAGE, SPREAD, SQUARE, WIDTH, decoder, token_ids, tower
@@ -204,21 +204,15 @@ def ask(model: PreTrainedModel) -> None:
 # Without images
 
 
-class TextProcessor(ProcessorMixin):
-    """A tokenizer whose chat template is applied as that of a VLM's processor."""
-
-    def __init__(self, tokenizer=None, chat_template=None):
-        super().__init__(tokenizer, chat_template=chat_template)
+def text_processor(config: PreTrainedConfig) -> PreTrainedTokenizerFast:
+    """A tokenizer alone, as `AutoProcessor` gives for models of text."""
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = chat_template()
+    return tokenizer
 
 
 def text_family(name: str, kind: type[PreTrainedConfig]) -> Family:
-    return Family(
-        name,
-        config=lambda: kind(**decoder()),
-        processor=lambda config: TextProcessor(build_tokenizer(), chat_template()),
-        images="none",
-        lacks="a class of transformers",
-    )
+    return Family(name, lambda: kind(**decoder()), text_processor, images="none")
 
 
 FAMILIES: list[Family] = [

@@ -26,9 +26,13 @@ class CareConfig(PreTrainedConfig):
             `gating.Gate`; None if there is none.
         scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
         origin: how the repair came about, as strings.
+        adapters: PEFT's configuration of every adapter in the base, as a dict, by name.
+        active_adapters: the names of those that act.
+        adapter_dtype: that of their tensors, such as "float32"; None if there are none.
 
     Raises:
-        ValueError: sites, fusion, gate or scope are not of that form, or the gate decides after a repair that asks it.
+        ValueError: sites, fusion, gate, scope or adapters are not of that form, or the gate decides after a repair that
+            asks it.
     """
 
     model_type = "care"
@@ -43,6 +47,9 @@ class CareConfig(PreTrainedConfig):
         gate: dict[str, Any] | None = None,
         scope: str = "all",
         origin: dict[str, str] | None = None,
+        adapters: dict[str, dict[str, Any]] | None = None,
+        active_adapters=(),
+        adapter_dtype: str | None = None,
         **kwargs: Any,
     ):
         if isinstance(vlm_config, dict):
@@ -61,6 +68,8 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(f"scope={scope!r} is not known; choose one of {SCOPES}.")
         self.fusion, self.scope, self.gate, self.origin = fusion, scope, gate, dict(origin or {})
         self._check_gate()
+        self.adapters, self.active_adapters, self.adapter_dtype = adapters or {}, list(active_adapters), adapter_dtype
+        self._check_adapters()
         if vlm_config is not None:
             kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
             kwargs.setdefault("attn_implementation", vlm_config._attn_implementation)
@@ -84,6 +93,15 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(
                 f"The gate reads site {self.gate['site']}, after sites {late} have run; put it there or before."
             )
+
+    def _check_adapters(self) -> None:
+        if not isinstance(self.adapters, dict) or not all(
+            isinstance(entry, dict) and "peft_type" in entry for entry in self.adapters.values()
+        ):
+            raise ValueError(f"adapters={self.adapters!r} must be a dict of PEFT's configurations, by name.")
+        unknown = sorted(set(self.active_adapters) - set(self.adapters))
+        if unknown:
+            raise ValueError(f"active_adapters={unknown} are not among the adapters, {sorted(self.adapters)}.")
 
     def get_text_config(self, decoder=None, encoder=None):
         """The base's text configuration."""

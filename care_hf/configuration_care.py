@@ -2,13 +2,20 @@
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PreTrainedConfig,
+)
 
 from .gating import TURN
 from .projection import FUSIONS, MODALITIES
 from .sites import Site, runs_before
 
 GATE = {"site", "required", "alarms", "pictured", "prompt_end"}
+BASE_CLASSES = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)  # the first that knows it
 SCOPES = ("all", "prompt")  # of a repair by modality; a `TurnProjection` has its scope in its name
 
 
@@ -26,10 +33,13 @@ class CareConfig(PreTrainedConfig):
             `gating.Gate`; None if there is none.
         scope: which tokens a repair by modality applies to, "all" or those of the "prompt".
         origin: how the repair came about, as strings.
+        adapters: PEFT's configuration of every adapter in the base, as a dict, by name.
+        active_adapters: the names of those that act.
+        adapter_dtype: that of their tensors, such as "float32"; None if there are none.
 
     Raises:
-        ValueError: vlm_config, sites, fusion, gate or scope are not of that form, or the gate decides after a repair
-            that asks it.
+        ValueError: vlm_config, sites, fusion, gate, scope or adapters are not of that form, or the gate decides after a
+            repair that asks it.
     """
 
     model_type = "care"
@@ -44,6 +54,9 @@ class CareConfig(PreTrainedConfig):
         gate: dict[str, Any] | None = None,
         scope: str = "all",
         origin: dict[str, str] | None = None,
+        adapters: dict[str, dict[str, Any]] | None = None,
+        active_adapters=(),
+        adapter_dtype: str | None = None,
         **kwargs: Any,
     ):
         if isinstance(vlm_config, dict):
@@ -67,6 +80,8 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(f"scope={scope!r} is not known; choose one of {SCOPES}.")
         self.fusion, self.scope, self.gate, self.origin = fusion, scope, gate, dict(origin or {})
         self._check_gate()
+        self.adapters, self.active_adapters, self.adapter_dtype = adapters or {}, list(active_adapters), adapter_dtype
+        self._check_adapters()
         kwargs.setdefault("is_encoder_decoder", vlm_config.is_encoder_decoder)
         own = vlm_config._attn_implementation
         for name, of_whole in (("attn_implementation", {"": own}), ("experts_implementation", {})):
@@ -91,6 +106,15 @@ class CareConfig(PreTrainedConfig):
             raise ValueError(
                 f"The gate reads site {self.gate['site']}, after sites {late} have run; put it there or before."
             )
+
+    def _check_adapters(self) -> None:
+        if not isinstance(self.adapters, dict) or not all(
+            isinstance(entry, dict) and "peft_type" in entry for entry in self.adapters.values()
+        ):
+            raise ValueError(f"adapters={self.adapters!r} must be a dict of PEFT's configurations, by name.")
+        unknown = sorted(set(self.active_adapters) - set(self.adapters))
+        if unknown:
+            raise ValueError(f"active_adapters={unknown} are not among the adapters, {sorted(self.adapters)}.")
 
     def get_text_config(self, decoder=None, encoder=None):
         """The base's text configuration."""
@@ -132,3 +156,19 @@ def _check_site(entry: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(steps, int) or ("response" in ranks) != (steps > 0):
         raise ValueError(f"Site {entry['site']}: steps={steps!r} must be the number of repaired answer tokens.")
     return {"site": entry["site"], "ranks": dict(ranks), "oblique": oblique, "steps": steps}
+
+
+def auto_class(config: PreTrainedConfig):
+    """The Auto class that builds a base from its configuration.
+
+    Raises:
+        TypeError: none does.
+    """
+    for auto in BASE_CLASSES:
+        if type(config) in auto._model_mapping:
+            return auto
+    raise TypeError(
+        f"No model for a {type(config).__name__} is known to {', '.join(auto.__name__ for auto in BASE_CLASSES)}, so "
+        "that what is repaired could not be loaded again; register the classes of the base with them, or update "
+        "transformers."
+    )

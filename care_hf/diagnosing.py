@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import unwrapped
 from .cells import Cells
 from .contrasts import Contrast
 from .diagnosis import Diagnosis, describe, versions
@@ -73,6 +74,7 @@ def diagnose(
             refuses none or all of the malicious prompts.
         ImportError: scikit-learn is not installed.
     """
+    model = unwrapped(model)
     counts = {"max_pairs": max_pairs, "top_neurons": top_neurons, "max_new_tokens": max_new_tokens}
     _check_counts({**counts, "batch_size": batch_size}, seed)
     processor = processor or load_processor(model)

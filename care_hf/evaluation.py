@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.utils import logging
 
+from .adapters import unwrapped
 from .budget import Budget
 from .cells import Cells
 from .defences import Defence
@@ -51,6 +52,7 @@ def evaluate(
         ValueError: a defence has a name that is taken, `adaptive` names none, two judges share a name, or a pictured
             case has not one image and a target; before anything is run.
     """
+    model = unwrapped(model)
     own = switched(model)
     everything: dict[str, Any] = {**own, **(defences or {})}
     judges = list(judge) if isinstance(judge, (list, tuple)) else [judge or KeywordJudge()]

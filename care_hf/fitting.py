@@ -13,6 +13,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.utils import logging
 
 from . import resume as resuming
+from .adapters import describe_adapters, unwrapped
 from .attribution import attribute_tokens, kept_count
 from .diagnosis import Diagnosis
 from .gating import Gate
@@ -99,7 +100,8 @@ def fit(
     compare like with like, and "groups" (topic, template) make its thresholds hold for what it has not seen.
 
     Args:
-        model: any vision-language model that transformers loads; its weights are shared with the result, not copied.
+        model: any vision-language model that transformers loads, or a `PeftModel` of one, whose adapters are then part
+            of the base; its weights are shared with the result, not copied.
         benign: requests that should be granted.
         malicious: requests that should be refused. Under the default recipe some must be such that the model refuses
             them, in plain words; the others may be jailbreaks, and there need not be any.
@@ -120,6 +122,9 @@ def fit(
             too few refusals, which are known once the malicious prompts are answered.
         FloatingPointError: an activation is not finite.
     """
+    model = unwrapped(model)
+    _check_unrepaired(model)
+    describe_adapters(model)  # raises what only the end of the fit would tell else
     recipe = with_chosen_sites(Recipe.load(recipe), diagnosis, model)
     processor = processor or load_processor(model)
     further = {"exposed": exposed, "neutral": neutral, "refused": refused}
@@ -155,6 +160,7 @@ def collect_turns(
 
     Arguments and errors as in `fit`; one collection serves recipes that differ in what is solved alone.
     """
+    model = unwrapped(model)
     _check_unrepaired(model)
     if (exposed is None) != (neutral is None):
         raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
@@ -224,6 +230,7 @@ def collect(
     Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and
     padding never count. Arguments and errors as in `fit`.
     """
+    model = unwrapped(model)
     _check_unrepaired(model)
     sites = recipe.find_sites(model)
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}

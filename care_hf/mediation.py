@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .adapters import unwrapped
 from .answers import generate_answers
 from .cells import Cells
 from .interventions import evaluating
@@ -167,6 +168,7 @@ def mediate(
         TypeError, ValueError: prompts, components or layers do not fit, or the numbers of prompts differ; before any
             forward. Later: two prompts of a pair are answered alike, or one with nothing.
     """
+    model = unwrapped(model)
     sites = list(dict.fromkeys(find_sites(model, components, layers)))
     if not sites:
         raise ValueError(f"layers={layers} names no layer; give numbers from 0, or None for all.")

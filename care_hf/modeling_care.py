@@ -6,29 +6,30 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-    initialization,
-)
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from .configuration_care import CareConfig
+from .adapters import (
+    adapter_layers,
+    adapter_tensors,
+    check_places,
+    describe_adapters,
+    merge_adapters,
+    restore_adapters,
+    unwrapped,
+    watch_places,
+)
+from .configuration_care import BASE_CLASSES, CareConfig, auto_class
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .projection import FixedPrecision, ModalityProjection, SafetyProjection, Subspace
+from .quantised import check_linear, check_saveable, check_saved, in_repaired, saving
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, SignatureOfBase, care_class, copy_structure, execution_device
 from .sites import Site, hidden_size, image_token_ids, site_module, visual_token_ids
 
 logger = logging.get_logger(__name__)
 
-# What loads a base, the first that knows it; all load a repaired model, and so does AutoModel.
-BASE_CLASSES = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
 AUTO_CLASSES = ("AutoModel", *(auto.__name__ for auto in BASE_CLASSES))
 
 
@@ -70,7 +71,11 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CareConfig, vlm: PreTrainedModel | None = None):
         super().__init__(config)
         self.processor = None
-        self.vlm = _auto_class(config.vlm_config).from_config(config.vlm_config) if vlm is None else vlm
+        if vlm is None:
+            vlm = auto_class(config.vlm_config).from_config(config.vlm_config)
+            if config.adapters:
+                restore_adapters(vlm, config.adapters, config.active_adapters)
+        self.vlm = vlm
         self.register_buffer("layers", torch.tensor(self._layers(), dtype=torch.int64))
         self.care_state = RepairState(
             config.gate["prompt_end"] if config.gate else (),
@@ -92,6 +97,10 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             for leaf, buffer in module.named_buffers()
             if buffer.is_floating_point()
         ]
+        if config.adapter_dtype == "float32":
+            # PEFT trains adapters in single precision on a base in half precision.
+            self._keep_in_fp32_modules_strict += [name for name, _ in adapter_tensors(adapter_layers(self))]
+        watch_places(self.vlm)
         watch_forwards(self.vlm, self.care_state)
         self.post_init()
 
@@ -150,14 +159,17 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Repair `model`; it stays as it is itself, and the result shares every one of its weights.
 
         Args:
-            model: any vision-language or language model with a decoder-only text part.
+            model: any vision-language or language model with a decoder-only text part, or a `PeftModel` of one, whose
+                adapters are then part of the base.
             subspaces: a `SafetySubspaces`.
 
         Raises:
-            TypeError: the model is repaired already, or of a class that no Auto class loads.
-            ValueError: no sites, a site that the model does not have, bases or a gate of another hidden size, or a gate
-                that would decide after a repair that asks it.
+            TypeError: the model is repaired already, of a class that no Auto class loads, or has an adapter that is not
+                wholly in its modules.
+            ValueError: no sites, a site that the model does not have, bases or a gate of another hidden size, a gate
+                that would decide after a repair that asks it, or adapters that could not be saved as they are.
         """
+        model = unwrapped(model)
         if isinstance(model, cls):
             raise TypeError("The model is repaired already; repair its base, or fit one repair with all sites.")
         if not subspaces.sites:
@@ -165,30 +177,12 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         _check_class(model)
         _check_sizes(model, subspaces)
         vlm = copy_structure(model)
-        sites = [
-            {
-                "site": str(site),
-                "ranks": {name: s.rank for name, s in by_group.items()},
-                "oblique": [name for name, s in by_group.items() if s.reader is not None],
-                "steps": max(s.steps for s in by_group.values()),
-            }
-            for site, by_group in sorted(subspaces.sites.items())
-        ]
-        gate = subspaces.gate and {
-            "site": str(subspaces.gate_site),
-            "required": subspaces.gate.required,
-            "alarms": subspaces.gate.alarms,
-            "pictured": subspaces.gate.pictured,
-            "prompt_end": list(subspaces.gate.prompt_end),
-        }
-        config = CareConfig(
-            vlm.config, sites, subspaces.fusion, gate, subspaces.scope, dict(subspaces.metadata), dtype=model.dtype
-        )
+        config = _configuration(model, vlm.config, subspaces)
         with no_init_weights():
             repaired = cls(config, vlm)
         for site, module in repaired._site_modules().items():
             module.care = _projection(subspaces, site).to(execution_device(module))
-        if gate:
+        if config.gate:
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
         repaired.layers = repaired.layers.to(model.device)
@@ -202,11 +196,19 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: a tensor of the repair or of the base is missing, or a tensor of the repair has another shape,
-                is unknown to the configuration or holds what it cannot hold.
+                is unknown to the configuration or holds what it cannot hold; or a folder of an adapter is named.
+            ImportError: the checkpoint has adapters, and PEFT is not installed.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model._hf_peft_config_loaded:
+            # What transformers reports then is what the adapter lacks, not what the repaired model does.
+            raise ValueError(
+                "An adapter cannot be loaded in one step with the repaired model that it is for, since that could not "
+                "be checked; load the repaired model, then the adapter with `load_adapter` or `PeftModel`."
+            )
         missing = sorted(info["missing_keys"])
-        foreign = sorted(key for key in info["unexpected_keys"] if _of_the_repair(key))
+        adapted = tuple(f"vlm.{name}." for name in adapter_layers(model.vlm))
+        foreign = sorted(key for key in info["unexpected_keys"] if _of_the_repair(key) or key.startswith(adapted))
         reshaped = sorted(
             str(key) for key in info["mismatched_keys"] if _of_the_repair(str(key)) or "layers" in str(key).split("'")
         )
@@ -227,7 +229,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Assert that the repair is what its configuration says and can be applied exactly.
 
         Raises:
-            ValueError: a buffer is missing, offloaded, not finite or inconsistent.
+            ValueError: a buffer is missing, offloaded, not finite or inconsistent, or an adapter is around a repaired
+                module.
         """
         checked = [(f"site {site}", module.care) for site, module in self._site_modules().items()]
         if self.config.gate:
@@ -240,6 +243,8 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 part.check()
             except ValueError as error:
                 raise ValueError(f"{where[0].upper()}{where[1:]}: {error}") from error
+        for site, module in self._site_modules().items():
+            check_linear(module, f"Site {site}")
         _check_prompt_end(self.vlm, self.gate)
         if self.layers.tolist() != self._layers():
             raise ValueError(
@@ -251,6 +256,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return {site: module.care for site, module in self._site_modules().items()}
 
     def _site_modules(self) -> dict[Site, nn.Module]:
+        check_places(self.vlm)
         return {
             site: site_module(self.vlm, site) for site in (Site.parse(entry["site"]) for entry in self.config.sites)
         }
@@ -292,6 +298,38 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def enable(self) -> Switch:
         """Switch the repair on again, or in a `with` for a while."""
         return Switch(self.care_state, True)
+
+    def merge_adapters(self) -> "CareForConditionalGeneration":
+        """Fold PEFT's active adapters into the weights, in place, and take all of them out; the repair stays.
+
+        Weights that change are copied first, so that the model it was made from keeps its own.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: there are no adapters, they are merged or switched off, or are on quantised, offloaded or tied
+                weights.
+        """
+        check_places(self.vlm)
+        if getattr(self, "is_quantized", False):
+            raise ValueError(
+                "The base is quantised, and merging would round its weights anew; merge before quantising."
+            )
+        merge_adapters(self.vlm)
+        self.__dict__.pop("peft_config", None)
+        if self._hf_peft_config_loaded:
+            self._hf_peft_config_loaded = False
+            # `load_adapter` left those of the adapter's file, by which the whole model would be saved under its names.
+            self.__dict__.pop("_weight_conversions", None)
+        self._describe_adapters()
+        return self
+
+    def _describe_adapters(self) -> None:
+        described = describe_adapters(self.vlm, getattr(self, "peft_config", None))
+        self.config.adapters = described.get("adapters", {})
+        self.config.active_adapters = described.get("active_adapters", [])
+        self.config.adapter_dtype = described.get("adapter_dtype")
 
     # Everything else is the base's.
 
@@ -388,39 +426,38 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return getattr(self.vlm, name)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As in transformers; also writes the processor, if there is one, and the code to load without this package."""
+        """As in transformers; also writes the processor, if there is one, and the code to load without this package.
+
+        Adapters in the modules are saved with everything else, but for those of the model's own `add_adapter` and
+        `load_adapter`: then transformers saves the active one, and nothing else.
+
+        Raises:
+            ValueError: an adapter is around a repaired module or could not be loaded again as it is, the module is a
+                single linear layer that was quantised before its repair, or bitsandbytes would save changed weights.
+            NotImplementedError: transformers cannot save what it loaded quantised.
+        """
+        for site, module in self._site_modules().items():
+            check_saved(module, f"Site {site}")
+        check_saveable(self.vlm)
+        if not self._hf_peft_config_loaded:
+            self._describe_adapters()
         module = type(self).__module__.rpartition(".")[2]
         self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in AUTO_CLASSES}
         self.config.auto_map["AutoConfig"] = f"{CareConfig.__module__.rpartition('.')[2]}.{CareConfig.__name__}"
         if self.processor is not None:
             # First: with push_to_hub the model's save uploads whatever is in the folder.
             self.processor.save_pretrained(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        with saving(getattr(self, "hf_quantizer", None)):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
 
 def _of_the_repair(key: str) -> bool:
     return ".care." in key or ".care_gate." in key or key == "layers"
 
 
-def _auto_class(config: PreTrainedConfig):
-    """The Auto class that builds a base from its configuration.
-
-    Raises:
-        TypeError: none does.
-    """
-    for auto in BASE_CLASSES:
-        if type(config) in auto._model_mapping:
-            return auto
-    raise TypeError(
-        f"No model for a {type(config).__name__} is known to {', '.join(auto.__name__ for auto in BASE_CLASSES)}, so "
-        "that what is repaired could not be loaded again; register the classes of the base with them, or update "
-        "transformers."
-    )
-
-
 def _check_class(model: PreTrainedModel) -> None:
     """Assert that what is loaded from a repaired checkpoint would be the model that was repaired."""
-    auto = _auto_class(model.config)
+    auto = auto_class(model.config)
     expected = auto._model_mapping[type(model.config)]
     expected = expected if isinstance(expected, tuple) else (expected,)
     if not isinstance(model, expected):
@@ -457,6 +494,41 @@ def _check_prompt_end(model: PreTrainedModel, gate: Gate | None) -> None:
             f"The gate waits for prompt_end={gate.prompt_end}, but {type(model).__name__} has {known} tokens; it was "
             "fitted with another tokenizer."
         )
+
+
+def _configuration(model: PreTrainedModel, vlm_config, subspaces) -> CareConfig:
+    """That of `model` repaired by `subspaces`."""
+    sites = [
+        {
+            "site": str(site),
+            "ranks": {name: s.rank for name, s in by_group.items()},
+            "oblique": [name for name, s in by_group.items() if s.reader is not None],
+            "steps": max(s.steps for s in by_group.values()),
+        }
+        for site, by_group in sorted(subspaces.sites.items())
+    ]
+    gate = subspaces.gate and {
+        "site": str(subspaces.gate_site),
+        "required": subspaces.gate.required,
+        "alarms": subspaces.gate.alarms,
+        "pictured": subspaces.gate.pictured,
+        "prompt_end": list(subspaces.gate.prompt_end),
+    }
+    config = CareConfig(
+        vlm_config,
+        sites,
+        subspaces.fusion,
+        gate,
+        subspaces.scope,
+        dict(subspaces.metadata),
+        **describe_adapters(model),
+        dtype=model.dtype,
+    )
+    own = (name for layer in adapter_layers(model).values() for name, _ in adapter_tensors({"": layer}))
+    quantization = in_repaired(model, own)
+    if quantization is not None:
+        config.quantization_config = quantization
+    return config
 
 
 def _projection(subspaces, site: Site) -> SafetyProjection | TurnProjection:

@@ -14,6 +14,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from .adapters import unwrapped
 from .attacks import frozen
 from .contrasts import Contrast
 from .neuron_runs import Unit, UnitRuns, down_projection
@@ -146,6 +147,7 @@ def rank_neurons(
         ValueError: a setting out of range, a layer without a single down projection or that the prompts do not run, a
             token that the model does not have, or an outcome that is not finite.
     """
+    model = unwrapped(model)
     layers = sorted(range(len(decoder_layers(model))) if layers is None else map(int, layers))
     _check(model, layers, benign, contrast, reference, top, batch_size)
     prompts = load_samples(malicious, "malicious")

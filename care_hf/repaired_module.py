@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .gating import TurnProjection
+from .quantised import settle
 from .repair_state import Forward
 from .sites import output_tensor, replace_output
 
@@ -90,7 +91,7 @@ def _new_site_module(cls: type[nn.Module]) -> nn.Module:
 
 def copy_structure(model: nn.Module) -> nn.Module:
     """A copy of the modules of `model` that shares all of its tensors."""
-    shared = [*model.parameters(), *model.buffers()]
+    shared = [*model.parameters(), *model.buffers(), *settle(model)]
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", [hook]):  # accelerate's; their weights_map may hold the whole model

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import adapter_settings
 from .samples import Sample, Samples
 
 SAVE_SECONDS = 300  # how much work a killed process may lose, where it resumes
@@ -28,8 +29,11 @@ def fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A hash of the names, shapes and dtypes of all parameters, and of some 64 values of each."""
+    """A hash of names, shapes, dtypes and some 64 values of all parameters, and of what adapters are beside those."""
     digest = hashlib.sha256()
+    settings = adapter_settings(model)
+    if settings:
+        digest.update(json.dumps(settings).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:  # offloaded: name and shape must do
@@ -61,10 +65,13 @@ def prompts_fingerprint(prompts: Sequence[Any]) -> str:
 
 def _of_buffers(model: nn.Module) -> str:
     """A hash of all persistent buffers, in which repairs are."""
-    parameters, digest = dict(model.named_parameters(remove_duplicate=False)), hashlib.sha256()
-    for name, value in model.state_dict().items():
-        if name not in parameters and isinstance(value, torch.Tensor) and not value.is_meta:
-            digest.update(name.encode() + value.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
+    digest = hashlib.sha256()
+    # Not by `state_dict`, for which bitsandbytes changes 4-bit weights.
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, value in module._buffers.items():
+            if value is not None and not value.is_meta and name not in module._non_persistent_buffers_set:
+                full = f"{prefix}.{name}" if prefix else name
+                digest.update(full.encode() + value.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

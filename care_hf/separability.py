@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .adapters import unwrapped
 from .interventions import evaluating
 from .samples import Samples, batches, collate, load_samples
 from .separation import CLASSES, MEASURES, SiteSeparability, given_groups, group_ids, plan_labellings, separate_planned
@@ -132,6 +133,7 @@ def measure_separability(
         raise ValueError(f"tokens={tokens!r} is not known; choose one of {TOKENS}.")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
+    model = unwrapped(model)
     chosen, skipped = _sites(model, sites)
     samples = {"benign": load_samples(benign, "benign"), "malicious": load_samples(malicious, "malicious")}
     both = set(samples["benign"].digests) & set(samples["malicious"].digests)

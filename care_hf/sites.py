@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 COMPONENTS = ("ffn", "attention", "residual")
-PLACES = "care_places"  # where a configuration keeps what `name_places` was told
+PLACES = "decoder_places"  # where a configuration keeps what `name_places` was told
 
 # The first of these that a layer has is what it adds to the residual stream, so a norm after the block comes first.
 FFN_NAMES = ("post_feedforward_layernorm", "post_mlp_layernorm", "mlp", "feed_forward", "block_sparse_moe", "fc2")

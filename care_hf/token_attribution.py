@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import unwrapped
 from .answers import generate_answers
 from .attribution import text_scores, visual_scores
 from .attribution_figures import ROUNDING, tokens_html
@@ -167,6 +168,7 @@ def attribute(
         TypeError: `prompt` is of another form.
     """
     _check(method, answer, max_new_tokens, batch_size)
+    model = unwrapped(model)
     place = _site(model, site, method)
     sample = load_samples([prompt], "prompt")[0]
     batch = collate(processor, [sample], image_token_ids(model.config))

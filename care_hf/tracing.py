@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .adapters import unwrapped
 from .answers import relative_entropy
 from .blocking import MODES, Blocker, Contributions, collect_contributions, generate_blocked
 from .cells import Cells
@@ -107,6 +108,7 @@ def trace(
     for name, value in {"max_new_tokens": max_new_tokens, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be positive.")
+    model = unwrapped(model)
     sites = find_sites(model, components, layers)
     unknown = [mode for mode in modes if mode not in MODES]
     if unknown or not modes:

@@ -16,8 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_families import inputs as qwen_inputs  # noqa: F401  a fixture
-from test_families import qwen  # noqa: F401  a fixture
 from transformers import AutoModel, CompileConfig, DynamicCache, Qwen2Config, StaticCache
 
 from care_hf import CareForConditionalGeneration, Recipe, SafetySubspaces, fit, repair_state
@@ -410,7 +408,7 @@ def test_a_fitted_repair_decodes_exactly(case, world):
 
 
 @torch.no_grad()
-def test_qwen_decodes_with_a_gate_as_without_a_cache(qwen, qwen_inputs, tmp_path):  # noqa: F811
+def test_qwen_decodes_with_a_gate_as_without_a_cache(qwen, qwen_inputs, tmp_path):
     inputs = {**qwen_inputs, "input_ids": qwen_inputs["input_ids"].clone()}
     inputs["input_ids"][:, -2:] = torch.tensor([7, 8])
     at, readers = Site(0, "residual"), torch.randn(64, 2, generator=torch.Generator().manual_seed(0))

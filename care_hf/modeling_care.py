@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel, initialization
+from transformers import PreTrainedModel, initialization
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -21,11 +21,13 @@ from .adapters import (
     watch_places,
 )
 from .configuration_care import BASE_CLASSES, CareConfig, auto_class
+from .delegation import LeavesToBase
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
-from .projection import FixedPrecision, ModalityProjection, SafetyProjection, Subspace
-from .quantised import check_linear, check_saveable, check_saved, in_repaired, saving
+from .projection import FUSIONS, MIXED, FixedPrecision, ModalityProjection, SafetyProjection, Subspace
+from .quantised import check_linear, check_saveable, check_saved, saving
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
-from .repaired_module import CareSiteMixin, SignatureOfBase, care_class, copy_structure, execution_device
+from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
+from .repairing import check_base, check_prompt_end, configuration, projection
 from .sites import Site, hidden_size, image_token_ids, site_module, visual_token_ids
 
 logger = logging.get_logger(__name__)
@@ -47,7 +49,7 @@ class Switch:
         self.state.enabled = self.before
 
 
-class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class CareForConditionalGeneration(LeavesToBase):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
     Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
@@ -61,7 +63,6 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config_class = CareConfig
-    base_model_prefix = "vlm"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -172,16 +173,13 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model = unwrapped(model)
         if isinstance(model, cls):
             raise TypeError("The model is repaired already; repair its base, or fit one repair with all sites.")
-        if not subspaces.sites:
-            raise ValueError("There are no sites to repair; give at least one.")
-        _check_class(model)
-        _check_sizes(model, subspaces)
+        check_base(model, subspaces)
         vlm = copy_structure(model)
-        config = _configuration(model, vlm.config, subspaces)
+        config = configuration(model, vlm.config, subspaces)
         with no_init_weights():
             repaired = cls(config, vlm)
         for site, module in repaired._site_modules().items():
-            module.care = _projection(subspaces, site).to(execution_device(module))
+            module.care = projection(subspaces, site).to(execution_device(module))
         if config.gate:
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
@@ -245,7 +243,7 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{where[0].upper()}{where[1:]}: {error}") from error
         for site, module in self._site_modules().items():
             check_linear(module, f"Site {site}")
-        _check_prompt_end(self.vlm, self.gate)
+        check_prompt_end(self.vlm, self.gate)
         if self.layers.tolist() != self._layers():
             raise ValueError(
                 f"The buffer `layers` is {self.layers.tolist()}, but config.json names sites in {self._layers()}."
@@ -299,6 +297,34 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Switch the repair on again, or in a `with` for a while."""
         return Switch(self.care_state, True)
 
+    def unfreeze_repair(self) -> list[torch.Tensor]:
+        """Let bases, readers and anchors be trained, which nothing does otherwise.
+
+        Give them to an optimiser, and call `retract_repair` after each of its steps. Before, move the model to where it
+        is trained; what moves a model makes copies.
+
+        Returns:
+            The tensors, float32, which require gradients now.
+
+        Raises:
+            ValueError: the fusion needs a matrix of both bases, through which no gradient goes.
+        """
+        if self.config.fusion in MIXED and any(len(by_group) == 2 for by_group in self.subspaces().values()):
+            raise ValueError(
+                f"Fusion {self.config.fusion!r} cannot be trained; choose one of {set(FUSIONS) - set(MIXED)}."
+            )
+        tensors = [tensor for part in self._repair_parts() for tensor in part.trainable()]
+        return [tensor.requires_grad_() for tensor in tensors]
+
+    def retract_repair(self) -> None:
+        """Make trained bases orthonormal again, without which they are no projection and are not saved."""
+        for part in self._repair_parts():
+            part.retract()
+
+    def _repair_parts(self) -> list[ModalityProjection]:
+        modules = [module for care in self.care_modules().values() for module in care.modules()]
+        return [module for module in modules if isinstance(module, ModalityProjection)]
+
     def merge_adapters(self) -> "CareForConditionalGeneration":
         """Fold PEFT's active adapters into the weights, in place, and take all of them out; the repair stays.
 
@@ -331,22 +357,14 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.active_adapters = described.get("active_adapters", [])
         self.config.adapter_dtype = described.get("adapter_dtype")
 
-    # Everything else is the base's.
-
-    @SignatureOfBase
-    def forward(self, *args, **kwargs):
-        """The base's forward, repaired."""
-        return self.vlm(*args, **kwargs)
-
     def generate(self, *args, **kwargs):
         """The base's `generate`, repaired; warns of prompts in which a gate finds no end, and so repairs nothing."""
         given = {**inspect.signature(self.vlm.generate).bind_partial(*args).arguments, **kwargs}
         ids = next((given[name] for name in ("input_ids", "inputs") if given.get(name) is not None), None)
         if ids is not None and self.config.gate and self.care_state.enabled:
             self._warn_of_open_ends(ids)
-        self._tell_base_how_it_is_spread()
         with self.care_state.answering(ids):
-            return self._generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)
 
     def _warn_of_open_ends(self, ids: torch.Tensor) -> None:
         end = self.config.gate["prompt_end"]
@@ -358,72 +376,9 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 "add_generation_prompt=True."
             )
 
-    def _generate(self, *args, **kwargs):
-        return self.vlm.generate(*args, **kwargs)
-
-    def _tell_base_how_it_is_spread(self) -> None:
-        """Let the base's `generate` know what transformers and torch noted on the whole model only."""
-        for name in ("hf_device_map", "_tp_size", "_is_fsdp_managed_module"):
-            if name in self.__dict__:
-                setattr(self.vlm, name, getattr(self, name))
-        if "_tp_size" in self.__dict__:
-            self.vlm._tp_plan = {name.removeprefix("vlm."): style for name, style in self._tp_plan.items()}
-        if hasattr(self, "_get_fsdp_state"):  # after torch's fully_shard
-            self.vlm._is_fsdp_managed_module = True  # processes that are done go on for those that are not
-            if "_generate" not in self.__dict__:  # the model's own weights are gathered where one of its methods begins
-                from torch.distributed.fsdp import register_fsdp_forward_method
-
-                register_fsdp_forward_method(self, "_generate")
-
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """The base's."""
-        return self.vlm.prepare_inputs_for_generation(*args, **kwargs)
-
-    @property
-    def generation_config(self):
-        """The base's."""
-        return self.vlm.generation_config if "vlm" in self.__dict__.get("_modules", {}) else None
-
-    @generation_config.setter
-    def generation_config(self, value) -> None:
-        if "vlm" in self._modules:  # PreTrainedModel's own __init__ sets one before there is a base
-            self.vlm.generation_config = value
-
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
         recalling = RecallingCheckpoint(self.care_state, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, recalling, **kwargs)
-
-    def get_input_embeddings(self):
-        """The base's."""
-        return self.vlm.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        """The base's."""
-        self.vlm.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        """The base's."""
-        return self.vlm.get_output_embeddings()
-
-    def set_output_embeddings(self, value):
-        """The base's."""
-        self.vlm.set_output_embeddings(value)
-
-    def get_decoder(self):
-        """The base's."""
-        return self.vlm.get_decoder()
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        """The base's."""
-        return self.vlm.resize_token_embeddings(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "vlm" or name.startswith("_"):
-                raise
-            return getattr(self.vlm, name)
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers; also writes the processor, if there is one, and the code to load without this package.
@@ -432,10 +387,12 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
         `load_adapter`: then transformers saves the active one, and nothing else.
 
         Raises:
-            ValueError: an adapter is around a repaired module or could not be loaded again as it is, the module is a
-                single linear layer that was quantised before its repair, or bitsandbytes would save changed weights.
+            ValueError: the repair is not whole (see `check`), an adapter is around a repaired module or could not be
+                loaded again as it is, the module is a single linear layer that was quantised before its repair, or
+                bitsandbytes would save changed weights.
             NotImplementedError: transformers cannot save what it loaded quantised.
         """
+        self.check()
         for site, module in self._site_modules().items():
             check_saved(module, f"Site {site}")
         check_saveable(self.vlm)
@@ -453,86 +410,3 @@ class CareForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
 def _of_the_repair(key: str) -> bool:
     return ".care." in key or ".care_gate." in key or key == "layers"
-
-
-def _check_class(model: PreTrainedModel) -> None:
-    """Assert that what is loaded from a repaired checkpoint would be the model that was repaired."""
-    auto = auto_class(model.config)
-    expected = auto._model_mapping[type(model.config)]
-    expected = expected if isinstance(expected, tuple) else (expected,)
-    if not isinstance(model, expected):
-        raise TypeError(
-            f"A {type(model).__name__} cannot be repaired: loaded again, it would be a {expected[0].__name__}; load "
-            f"the base with {auto.__name__}."
-        )
-
-
-def _check_sizes(model: PreTrainedModel, subspaces) -> None:
-    dimension = hidden_size(model)
-    parts = [
-        (f"{name} basis of site {site}", subspace.basis.shape[0], site)
-        for site, by_group in subspaces.sites.items()
-        for name, subspace in by_group.items()
-    ]
-    if subspaces.gate:
-        parts.append(("gate", subspaces.gate.readers.shape[0], subspaces.gate_site))
-    for what, size, site in parts:
-        if size != dimension:
-            raise ValueError(
-                f"The {what} has d={size}, but {type(model).__name__} has a hidden size of {dimension}; it was fitted "
-                "on another model."
-            )
-        site_module(model, site)  # raises where there is none
-    _check_prompt_end(model, subspaces.gate)
-
-
-def _check_prompt_end(model: PreTrainedModel, gate: Gate | None) -> None:
-    """Assert that prompts of the model can end as the gate expects, for it would never fire otherwise."""
-    known = model.get_input_embeddings().num_embeddings
-    if gate is not None and max(gate.prompt_end) >= known:
-        raise ValueError(
-            f"The gate waits for prompt_end={gate.prompt_end}, but {type(model).__name__} has {known} tokens; it was "
-            "fitted with another tokenizer."
-        )
-
-
-def _configuration(model: PreTrainedModel, vlm_config, subspaces) -> CareConfig:
-    """That of `model` repaired by `subspaces`."""
-    sites = [
-        {
-            "site": str(site),
-            "ranks": {name: s.rank for name, s in by_group.items()},
-            "oblique": [name for name, s in by_group.items() if s.reader is not None],
-            "steps": max(s.steps for s in by_group.values()),
-        }
-        for site, by_group in sorted(subspaces.sites.items())
-    ]
-    gate = subspaces.gate and {
-        "site": str(subspaces.gate_site),
-        "required": subspaces.gate.required,
-        "alarms": subspaces.gate.alarms,
-        "pictured": subspaces.gate.pictured,
-        "prompt_end": list(subspaces.gate.prompt_end),
-    }
-    config = CareConfig(
-        vlm_config,
-        sites,
-        subspaces.fusion,
-        gate,
-        subspaces.scope,
-        dict(subspaces.metadata),
-        **describe_adapters(model),
-        dtype=model.dtype,
-    )
-    own = (name for layer in adapter_layers(model).values() for name, _ in adapter_tensors({"": layer}))
-    quantization = in_repaired(model, own)
-    if quantization is not None:
-        config.quantization_config = quantization
-    return config
-
-
-def _projection(subspaces, site: Site) -> SafetyProjection | TurnProjection:
-    by_group = subspaces.sites[site]
-    if set(by_group) <= {"visual", "text"}:
-        return SafetyProjection.from_subspaces(by_group, subspaces.fusion, subspaces.fusion_weight, subspaces.strength)
-    return TurnProjection.from_subspaces(by_group, subspaces.strength)

@@ -144,6 +144,19 @@ class ModalityProjection(nn.Module):
         if subspace.reader is not None:
             self.reader.copy_(subspace.reader)
 
+    def trainable(self) -> list[torch.Tensor]:
+        """The buffers that may be trained: basis, mean, reader."""
+        return [t for t in (self.basis, self.mean, self.reader) if t is not None]
+
+    @torch.no_grad()
+    def retract(self) -> None:
+        """Make the basis orthonormal again after a step of training, and have ``reader^T basis = I``."""
+        basis, triangle = torch.linalg.qr(self.basis.double())
+        self.basis.copy_(basis * triangle.diagonal().sign())
+        if self.reader is not None:
+            reader = self.reader.double()
+            self.reader.copy_(torch.linalg.solve(reader.mT @ self.basis.double(), reader.mT).mT)
+
     def subspace(self) -> Subspace:
         """The buffers as a checked `Subspace`."""
         return Subspace(self.basis, self.mean, float(self.beta), self.reader)

@@ -48,7 +48,7 @@ ORDER = [
         "separability",
         "site_check",
     },
-    {"undisturbed", "pair_runs"},
+    {"undisturbed", "pair_runs", "repairing", "delegation"},
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
     {"turns", "attacks", "preference_steering", "tracing", "token_attribution"},
@@ -76,6 +76,8 @@ REMOTE_CODE = {
     "quantised",
     "repaired_module",
     "adapters",
+    "repairing",
+    "delegation",
 }
 
 

@@ -202,6 +202,53 @@ def test_copies_and_pickles_stand_alone(repaired, inputs):
         assert repaired.care_state.enabled
 
 
+@pytest.mark.parametrize("fusion", ["adaptive", "constant", "route"])
+def test_a_repair_is_trained_only_where_asked(llava, inputs, fusion, tmp_path):
+    repaired = CareForConditionalGeneration.from_base(llava, subspaces(fusion))
+    repaired(**inputs).logits.square().mean().backward()
+    assert not any(buffer.requires_grad for buffer in repaired.buffers())
+    tensors = repaired.unfreeze_repair()
+    assert len(tensors) == 2 * 2 * 2 + 1  # a basis and a mean for each, and one reader
+    before, losses = copy.deepcopy(repaired), []
+    optimiser = torch.optim.SGD(tensors, lr=0.05)
+    for _ in range(4):
+        optimiser.zero_grad()
+        loss = repaired(**inputs).logits.square().mean()
+        loss.backward()
+        losses.append(float(loss))
+        assert all(tensor.grad.abs().sum() > 0 for tensor in tensors)
+        optimiser.step()
+        repaired.retract_repair()
+        repaired.check()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert all(torch.equal(*pair) for pair in zip(repaired.parameters(), before.parameters(), strict=True))
+    repaired.save_pretrained(tmp_path)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(**inputs).logits, repaired(**inputs).logits)
+    optimiser.step()
+    with pytest.raises(ValueError, match="identity"):
+        repaired.save_pretrained(tmp_path)
+
+
+def test_gradients_of_a_basis_are_those_of_finite_differences(llava, inputs):
+    repaired = CareForConditionalGeneration.from_base(llava.double(), subspaces("constant"))
+    basis = repaired.unfreeze_repair()[0]
+    inputs = {**inputs, "pixel_values": inputs["pixel_values"].double()}
+    repaired(**inputs).logits.square().mean().backward()
+    with torch.no_grad():
+        direction, ends = torch.randn_like(basis), []
+        for sign in (1, -1):
+            basis.add_(sign * 1e-2 * direction)
+            ends.append(repaired(**inputs).logits.square().mean())
+            basis.sub_(sign * 1e-2 * direction)
+    expected = (ends[0] - ends[1]) / 2e-2
+    torch.testing.assert_close((basis.grad.double() * direction).sum(), expected, rtol=1e-2, atol=1e-6)
+
+
+def test_a_fusion_that_needs_both_bases_is_not_trained(llava):
+    with pytest.raises(ValueError, match="Fusion 'union' cannot be trained"):
+        CareForConditionalGeneration.from_base(llava, subspaces("union")).unfreeze_repair()
+
+
 # Bases that are elsewhere
 
 

@@ -23,10 +23,12 @@ _LAZY = {
     "SafetySubspaces": "subspace",
     "Suite": "suite",
     "attribute": "token_attribution",
+    "cost_of_switching": "switching",
     "diagnose": "diagnosing",
     "evaluate": "evaluation",
     "fit": "fitting",
     "load_testbed": "testbed",
+    "merge": "merging",
     "name_places": "sites",
     "trace": "tracing",
 }

@@ -92,7 +92,7 @@ def _expert_ends(children: dict[str, nn.Module], path: str, names: tuple[str, ..
 
 
 def _output_last(experts: nn.Module, dimension: int) -> bool:
-    """Whether experts' stacked weights are (in, out); told by their shapes, (d, 2n) and (n, d) or (2n, d) and (d, n)."""
+    """Whether experts' stacked weights are (in, out): (d, 2n) and (n, d), not (2n, d) and (d, n)."""
     down, up = (getattr(experts, name, None) for name in ("down_proj", "gate_up_proj"))
     shapes = [tuple(t.shape[1:]) if isinstance(t, nn.Parameter) and t.ndim == 3 else None for t in (up, down)]
     for output_last in (False, True):
@@ -121,6 +121,7 @@ def biases_by_flag(model: PreTrainedModel, component: str) -> dict[str, torch.Si
     setattr(text, flag, True)
     with torch.device("meta"), no_init_weights():
         shapes = {name: p.shape for name, p in auto_class(config).from_config(config).named_parameters()}
-    own = {name for name, _ in model.named_parameters()}
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # not all are tied there
     new = {name: shape for name, shape in shapes.items() if name not in own}
-    return new if own <= set(shapes) and all(name.endswith(".bias") for name in new) else {}
+    lost = {name for name, _ in model.named_parameters()} - set(shapes)
+    return new if not lost and all(name.endswith(".bias") for name in new) else {}

@@ -1,4 +1,4 @@
-"""Checkpoint files of a merged model: the base's own, in which only what changed is written anew, or all from memory."""
+"""The files of a merged checkpoint: the base's own, in which only what changes is written anew."""
 
 import json
 import shutil
@@ -77,7 +77,7 @@ def find_originals(model: PreTrainedModel, base: str | Path | None) -> Originals
     Raises:
         ValueError: `base` is given and has no safetensors files, or those of other weights.
     """
-    folder = _folder(base) if base is not None else _remembered_folder(model.config)
+    folder = local_folder(base) if base is not None else _remembered_folder(model.config)
     originals = Originals.read(folder) if folder else None
     why = "it has no whole safetensors files" if originals is None else originals.why_not(model)
     if why and base is not None:
@@ -87,8 +87,9 @@ def find_originals(model: PreTrainedModel, base: str | Path | None) -> Originals
     return None if why else originals
 
 
-def _folder(base: str | Path) -> Path:
-    return Path(base) if Path(base).is_dir() else Path(snapshot_download(str(base)))
+def local_folder(checkpoint: str | Path) -> Path:
+    """A folder itself, or that of a repository of the Hub, downloaded."""
+    return Path(checkpoint) if Path(checkpoint).is_dir() else Path(snapshot_download(str(checkpoint)))
 
 
 def _remembered_folder(config: Any) -> Path | None:
@@ -141,10 +142,12 @@ def _add_file(new: dict[str, torch.Tensor], folder: Path, content: dict | None, 
     if content is None:
         # Readers that find a file of this name look for no others.
         (folder / SINGLE).rename(folder / "model-00001-of-00002.safetensors")
-        added, content = "model-00002-of-00002.safetensors", {"metadata": {}, "weight_map": {}}
-        content["weight_map"] = dict.fromkeys(files, "model-00001-of-00002.safetensors")
-        sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
-        content["metadata"]["total_size"] = sum(sizes)
+        added = "model-00002-of-00002.safetensors"
+        size = (folder / "model-00001-of-00002.safetensors").stat().st_size
+        content = {
+            "metadata": {"total_size": size},
+            "weight_map": dict.fromkeys(files, "model-00001-of-00002.safetensors"),
+        }
     else:
         added = "model-biases.safetensors"
     save_file(new, folder / added, metadata={"format": "pt"})

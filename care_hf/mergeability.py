@@ -9,6 +9,7 @@ from .modeling_care import CareForConditionalGeneration
 from .sites import Site
 
 PRINTED = "Recipe.load('paper').replace(fusion='constant', fusion_weight=0.5)"
+UNANCHORED = "Recipe(anchor='none')"
 
 
 @dataclass
@@ -33,12 +34,14 @@ class Obstacle:
     """What keeps a repair from being merged, and what would merge instead.
 
     Attributes:
-        reason: of the repair as it is.
-        setting: of a `Recipe`, in the form of its arguments; empty if none would do.
+        reason: what it is.
+        setting: the recipe that does without it; empty if none does.
+        site: where it is; None if everywhere.
     """
 
     reason: str
     setting: str = ""
+    site: Site | None = None
 
 
 def plan_merge(model: CareForConditionalGeneration) -> tuple[Plan, list[Obstacle]]:
@@ -47,23 +50,21 @@ def plan_merge(model: CareForConditionalGeneration) -> tuple[Plan, list[Obstacle
         return Plan(), []  # it is the base
     if model.config.gate:
         reason = "its gate decides from activations whether to repair, and a linear layer cannot"
-        return Plan(), [Obstacle(reason, f"no gate and no turn: {PRINTED}")]
+        return Plan(), [Obstacle(reason, PRINTED)]
     plan, obstacles = Plan(), []
     for site, care in model.care_modules().items():
         why = why_not_affine(care, model.config.scope)
         if why:
-            setting = why[1] or f"all tokens: {PRINTED}"
-            obstacles.append(Obstacle(f"site {site}: {why[0]}", setting))
-            continue
+            obstacles.append(Obstacle(why[0], f"Recipe({why[1]})" if why[1] else PRINTED, site))
         try:
             ends = find_ends(model.vlm, site)
         except ValueError as error:
-            obstacles.append(Obstacle(f"site {site}: {error}", _other_component(model, site)))
+            obstacles.append(Obstacle(str(error), _other_component(model, site), site))
             continue
-        mapping = Affine.of(care)
-        if not mapping.identity:
-            plan.maps[site], plan.ends[site] = mapping, ends
-            obstacles += _find_place_of_constant(model, site, plan)
+        if why or (mapping := Affine.of(care)).identity:
+            continue
+        plan.maps[site], plan.ends[site] = mapping, ends
+        obstacles += _find_place_of_constant(model, site, plan)
     return plan, obstacles
 
 
@@ -72,14 +73,13 @@ def _find_place_of_constant(model: CareForConditionalGeneration, site: Site, pla
     mapping, ends = plan.maps[site], plan.ends[site]
     if mapping.linear or (ends.single and model.vlm.get_submodule(ends.single).bias is not None):
         return []
-    text = model.config.get_text_config()
     if ends.single is None:
         reason = "it adds a constant to a sum over experts, none of which is given to every token once"
-        return [Obstacle(f"site {site}: {reason}", "anchor='none'")]
+        return [Obstacle(reason, UNANCHORED, site)]
     biases = biases_by_flag(model.vlm, site.component)
     if f"{ends.single}.bias" not in biases:
-        reason = f"it adds a constant, and {ends.single.rpartition('.')[2]} of a {text.model_type} can have no bias"
-        return [Obstacle(f"site {site}: {reason}", "anchor='none'")]
+        leaf, family = ends.single.rpartition(".")[2], model.config.get_text_config().model_type
+        return [Obstacle(f"it adds a constant, and {leaf} of {family} can have no bias", UNANCHORED, site)]
     plan.biases |= biases
     plan.flags.add(FLAGS[site.component])
     return []
@@ -91,7 +91,7 @@ def _other_component(model: CareForConditionalGeneration, site: Site) -> str:
             find_ends(model.vlm, Site(site.layer, component))
         except ValueError:
             continue
-        return f"component='{component}', of which it has to be fitted anew"
+        return f"Recipe(component='{component}')"
     return ""
 
 

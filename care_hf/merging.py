@@ -17,7 +17,7 @@ from .merge_check import (
     reload_and_compare_tensors,
     token_logits,
 )
-from .merge_files import Originals, copy_other_files, find_originals, rewrite, saved_tensors, write_config
+from .merge_files import Originals, copy_other_files, find_originals, local_folder, rewrite, saved_tensors, write_config
 from .mergeability import Plan, check_untied, check_weights, plan_merge
 from .merged_model import fold, plain_copy
 from .modeling_care import CareForConditionalGeneration
@@ -117,9 +117,7 @@ def merge(
 
 def load_repaired(source: str | Path) -> tuple[CareForConditionalGeneration, Path]:
     """A repaired model from its checkpoint, on the CPU, where weights stay in their files; and its folder."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source)))
+    folder = local_folder(source)
     return CareForConditionalGeneration.from_pretrained(folder, dtype="auto").eval(), folder
 
 
@@ -177,7 +175,7 @@ def _write_other_files(
         copy_other_files(originals.folder, folder, code=True)
     if source is not None:
         copy_other_files(source, folder, code=False)  # its Python files are those of the repair
-    if repaired.processor is not None:
+    if repaired.processor is not None and not any(folder.glob("tokenizer*")):
         repaired.processor.save_pretrained(folder)
 
 

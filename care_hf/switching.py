@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .merge_check import Inputs, as_list, probe_inputs, token_logits
-from .mergeability import Obstacle, plan_merge
+from .merge_check import TOKENS, Inputs, as_list, probe_inputs, token_logits
+from .mergeability import PRINTED, Obstacle, plan_merge
 from .merged_model import plain_copy
 from .modeling_care import CareForConditionalGeneration
 from .subspace import SafetySubspaces
 
 NO_REPAIR = "no repair"
-FITTED_ANEW = "It has to be fitted anew."
+ON_THE_TESTBED = "XX"
 
 
 @dataclass(frozen=True)
@@ -101,34 +101,47 @@ def cost_of_switching(
     finally:
         repaired.train(training)
     costs = {
-        setting: _cost(reference, token_logits(CareForConditionalGeneration.from_base(base, other), inputs))
+        setting: compare(reference, token_logits(CareForConditionalGeneration.from_base(base, other), inputs))
         for setting, other in alternatives(repaired).items()
     }
     ordered = dict(sorted(costs.items(), key=lambda item: item[1].divergence))
-    return ordered | {NO_REPAIR: _cost(reference, token_logits(base, inputs))}
+    return ordered | {NO_REPAIR: compare(reference, token_logits(base, inputs))}
 
 
-def _cost(reference: torch.Tensor, other: torch.Tensor) -> Cost:
-    expected, found = (logits.float().log_softmax(dim=-1) for logits in (reference, other))
-    divergence = torch.nn.functional.kl_div(found, expected, reduction="batchmean", log_target=True)
-    agreement = (expected.argmax(dim=-1) == found.argmax(dim=-1)).float().mean()
-    return Cost(max(0.0, divergence.item()), agreement.item(), len(expected))
+def compare(reference: torch.Tensor, other: torch.Tensor) -> Cost:
+    """How far logits (n, vocabulary) are from those of a reference."""
+    divergence, same = 0.0, 0
+    for mine, theirs in zip(reference.split(TOKENS), other.split(TOKENS), strict=True):
+        expected, found = (logits.double().log_softmax(dim=-1) for logits in (mine, theirs))
+        divergence += torch.nn.functional.kl_div(found, expected, reduction="sum", log_target=True).item()
+        same += int((expected.argmax(dim=-1) == found.argmax(dim=-1)).sum())
+    return Cost(max(0.0, divergence / len(reference)), same / len(reference), len(reference))
 
 
 def refusal(repaired: CareForConditionalGeneration, obstacles: Sequence[Obstacle], inputs: Sequence[Inputs]) -> str:
     """The error of a merge that cannot be: why, which setting could, and what switching to it costs."""
-    reasons = "; ".join(dict.fromkeys(obstacle.reason for obstacle in obstacles))
-    message = f"The repair cannot be merged into weights: {reasons}."
-    costs = cost_of_switching(repaired, inputs)
+    by_reason: dict[str, list[str]] = {}
+    for obstacle in obstacles:
+        by_reason.setdefault(obstacle.reason, []).extend([str(obstacle.site)] if obstacle.site else [])
+    reasons = [f"{reason} ({', '.join(sites)})" if sites else reason for reason, sites in by_reason.items()]
+    message = f"The repair cannot be merged into weights: {'; '.join(reasons)}."
+    settings = list(dict.fromkeys(obstacle.setting for obstacle in obstacles))
+    if "" in settings:
+        return f"{message} Nothing that a layer of this family adds comes from a linear layer; keep the repaired model."
+    try:
+        costs = cost_of_switching(repaired, inputs)
+    except ValueError as error:
+        return f"{message} What would merge is {' and '.join(settings)}. What that costs was not measured: {error}"
     without = costs.pop(NO_REPAIR)
-    if costs:
-        setting, cost = next(iter(costs.items()))
+    if not costs:
+        gated = f" ({ON_THE_TESTBED})" if PRINTED in settings else ""
         return (
-            f"{message} What would merge is Recipe({setting}), at a cost of {cost}; without any repair it is "
-            f"{without} ({cost.tokens} tokens compared). `care_hf.cost_of_switching(model, inputs)` measures it on "
-            "your prompts, beside other settings."
+            f"{message} What would merge is {' and '.join(settings)}, fitted anew{gated}. Of this model only the way "
+            f"to no repair at all can be measured: {without} ({without.tokens} tokens)."
         )
-    settings = list(dict.fromkeys(obstacle.setting for obstacle in obstacles if obstacle.setting))
-    if not settings:
-        return f"{message} No site of this family merges; keep the repaired model as it is."
-    return f"{message} What would merge is {'; '.join(settings)}. {FITTED_ANEW}"
+    setting, cost = next(iter(costs.items()))
+    return (
+        f"{message} What would merge is Recipe({setting}), at a cost of {cost}; no repair at all: {without} "
+        f"({cost.tokens} tokens). `care_hf.cost_of_switching(model, inputs)` measures it on your prompts, and other "
+        "settings."
+    )

@@ -98,8 +98,6 @@ def why_not_affine(care: SafetyProjection | TurnProjection, scope: str) -> tuple
     if both and care.fusion_mode in ("adaptive", "printed"):
         return f"fusion {care.fusion_mode!r} weighs the two modalities anew at every token", CONSTANT
     if care.fusion_mode == "route":
-        return (
-            "fusion 'route' repairs visual and other tokens differently, and a linear layer cannot tell them",
-            CONSTANT,
-        )
+        reason = "fusion 'route' repairs visual tokens otherwise than the rest, and a linear layer cannot tell them"
+        return reason, CONSTANT if both else "fusion='constant'"
     return None

@@ -13,6 +13,7 @@ from .merge_check import (
     as_list,
     check_algebra,
     difference,
+    main_dtype,
     probe_inputs,
     reload_and_compare_tensors,
     token_logits,
@@ -153,7 +154,7 @@ def _write(repaired: CareForConditionalGeneration, plan: Plan, folder: Path, bas
 
     tensors, added = saved(touched), tuple(sorted(saved(plan.biases)))
     changed = tuple(sorted(set(tensors) - set(added)))
-    dtype = model.dtype
+    dtype = main_dtype(model)
     if originals is None:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         return Written(model, None, changed, added, dtype)
@@ -181,7 +182,7 @@ def _write_other_files(
 
 def _compare(folder: Path, written: Written, expected: torch.Tensor | None, inputs) -> tuple[float | None, float]:
     """The difference of logits, and the tolerance."""
-    tolerance = max(TOLERANCES.get(dtype, 0) for dtype in (written.dtype, written.model.dtype))
+    tolerance = max(TOLERANCES.get(dtype, 0) for dtype in (written.dtype, main_dtype(written.model)))
     loaded = reload_and_compare_tensors(folder, written.model)
     if expected is None:
         return None, tolerance

@@ -105,7 +105,8 @@ def _remembered_folder(config: Any) -> Path | None:
 
 def saved_tensors(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Tensors of a model by the names, and in the form, that its checkpoints have them."""
-    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(dict(state), model))
+    kept = {name: tensor for name, tensor in state.items() if name not in (model._keys_to_ignore_on_save or ())}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
 
 
 def rewrite(originals: Originals, tensors: dict[str, torch.Tensor], added: Sequence[str], folder: Path) -> None:

@@ -48,7 +48,7 @@ def plan_merge(model: CareForConditionalGeneration) -> tuple[Plan, list[Obstacle
     """The plan, which is whole if there are no obstacles."""
     if model.strength == 0:
         return Plan(), []  # it is the base
-    if model.config.gate:
+    if model.config.gate and model.gate.readers.shape[1]:  # without any detector it only tells where a prompt ends
         reason = "its gate decides from activations whether to repair, and a linear layer cannot"
         return Plan(), [Obstacle(reason, PRINTED)]
     plan, obstacles = Plan(), []

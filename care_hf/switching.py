@@ -39,11 +39,12 @@ def alternatives(repaired: CareForConditionalGeneration) -> dict[str, SafetySubs
     Empty where a merge takes another site, or a repair without a gate, which have to be fitted anew.
     """
     subspaces = SafetySubspaces.from_model(repaired)
-    if subspaces.gate or not all(set(by) <= {"visual", "text"} for by in subspaces.sites.values()):
+    decides = subspaces.gate is not None and subspaces.gate.readers.shape[1]
+    if decides or not all(set(by) <= {"visual", "text"} for by in subspaces.sites.values()):
         return {}
     words = []
     if subspaces.scope != "all":
-        subspaces, words = replace(subspaces, scope="all"), ["scope='all'"]
+        subspaces, words = replace(subspaces, scope="all", gate=None, gate_site=None), ["scope='all'"]
     base, found = plain_copy(repaired.vlm), {}
     for setting, changed in _fusions(subspaces).items():
         for anchor, other in (("", changed), ("anchor='none'", _unanchored(changed))):

@@ -113,6 +113,15 @@ def test_a_constant_goes_into_biases(name, merged):
         assert bool(mlp.down_proj.bias.any()) == (layer in layers(name))
 
 
+@pytest.mark.parametrize("name", MERGING)
+def test_attention_needs_a_place_for_a_constant_too(name):
+    plan, obstacles = plan_merge(repaired(name, component="attention"))
+    assert not plan_merge(repaired(name, component="attention", beta=0.0))[1]
+    flagged = (*WITH_MLP_BIAS, "qwen3_vl", "qwen3_vl_moe", "llama4", "aya_vision", "paligemma", "gemma")
+    assert bool(obstacles) == (name not in (*flagged, "instructblip"))
+    assert plan.flags == ({"attention_bias"} if name in flagged else set())
+
+
 @pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma", "aya_vision", "instructblip", "llama4"])
 def test_attention_merges_too(name, tmp_path):
     inputs = collated(FAMILIES[name]).inputs
@@ -275,6 +284,31 @@ def test_original_files_are_kept_but_for_what_changes(base, tmp_path, single, be
     assert LlavaProcessor.from_pretrained(tmp_path / "merged").chat_template
 
 
+@pytest.mark.parametrize("name", ["llama", "idefics3"])
+def test_the_flag_is_set_where_the_text_configuration_is(name, tmp_path):
+    FAMILIES[name].model.save_pretrained(tmp_path / "base")
+    path = tmp_path / "base/config.json"
+    config = {**json.loads(path.read_text()), "of the base": True}
+    path.write_text(json.dumps(config))
+    loaded = stock(tmp_path / "base", FAMILIES[name].text_only)
+    model = CareForConditionalGeneration.from_base(loaded, subspaces(loaded, (2, 3)))
+    result = care_hf.merge(model, tmp_path / "merged")
+    assert result.rewritten and result.difference < 1e-5
+    found = json.loads((result.path / "config.json").read_text())
+    (config if name == "llama" else config["text_config"])["mlp_bias"] = True
+    assert found == config
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    FAMILIES["gemma"].model.save_pretrained(tmp_path / "base")
+    loaded = stock(tmp_path / "base", text_only=True)
+    model = CareForConditionalGeneration.from_base(loaded, subspaces(loaded, (2, 3), beta=0.0))
+    care_hf.merge(model, tmp_path / "merged")
+    again = stock(tmp_path / "merged", text_only=True)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert "lm_head.weight" not in tensors(tmp_path / "merged")
+
+
 def test_a_model_in_higher_precision_than_its_files_keeps_their_dtype(tmp_path):
     half = copy.deepcopy(FAMILIES["llava"].model).bfloat16()
     half.save_pretrained(tmp_path / "base")
@@ -390,10 +424,15 @@ def test_one_modality_under_route_and_a_scope_are_refused(tmp_path):
     text = replace(subspaces(model, (2,)).only("text"), fusion="route")
     message = refusal(CareForConditionalGeneration.from_base(model, text), tmp_path)
     assert "fusion 'route' repairs visual tokens otherwise" in message and "Recipe(fusion='constant')" in message
+    # A gate without detectors only tells where the prompt ends.
     gate = Gate((5,), torch.zeros(model.config.text_config.hidden_size, 0), torch.zeros(0))
-    scoped = subspaces(model, (2,), fusion="constant", scope="prompt", gate=gate, gate_site=Site(1, "residual"))
+    scoped = subspaces(model, (2,), fusion="adaptive", scope="prompt", gate=gate, gate_site=Site(1, "residual"))
     message = refusal(CareForConditionalGeneration.from_base(model, scoped), tmp_path)
-    assert "its gate decides" in message and "Recipe.load('paper').replace(fusion='constant'" in message
+    assert "it repairs the tokens of the prompt alone" in message and "Recipe(scope='all', fusion='" in message
+    place = {"last": Subspace(torch.eye(model.config.text_config.hidden_size)[:, :2], torch.ones(32))}
+    turn = SafetySubspaces({Site(2, "ffn"): place}, "route", gate=gate, gate_site=Site(1, "residual"))
+    message = refusal(CareForConditionalGeneration.from_base(model, turn), tmp_path)
+    assert "and no others (2.ffn)" in message and "Recipe.load('paper').replace(fusion='constant'" in message
 
 
 def test_gated_repairs_are_refused(tmp_path):

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Llav
 import care_hf
 from care_hf import CareForConditionalGeneration, SafetySubspaces
 from care_hf.affine import Affine
-from care_hf.folding import biases_by_flag, find_ends
+from care_hf.folding import FFN_ENDS, _ends, biases_by_flag, find_ends
 from care_hf.gating import Gate
 from care_hf.merge_check import TOLERANCES, difference, token_logits
 from care_hf.mergeability import plan_merge
@@ -547,3 +547,22 @@ def test_ends_and_flags():
     assert find_ends(FAMILIES["instructblip"].model, Site(1, "ffn")).single.endswith("layers.1.fc2")
     assert not biases_by_flag(FAMILIES["qwen2"].model, "ffn")
     assert len(biases_by_flag(FAMILIES["gemma"].model, "attention")) == 16
+
+
+def test_experts_one_by_one_and_what_is_unknown_beside_them():
+    def mlp(leaf="down_proj", width=8):
+        return torch.nn.ModuleDict({"up_proj": torch.nn.Linear(8, 6), leaf: torch.nn.Linear(6, width)})
+
+    block = torch.nn.ModuleDict({"gate": torch.nn.Linear(8, 2), "experts": torch.nn.ModuleList([mlp("w2"), mlp("w2")])})
+    block["shared_experts"] = mlp()
+    ends = _ends(block, "mlp", FFN_ENDS, 8)
+    assert ends.linears == ("mlp.experts.0.w2", "mlp.experts.1.w2", "mlp.shared_experts.down_proj") and not ends.single
+    block["memory"] = torch.nn.Linear(8, 8)
+    with pytest.raises(ValueError, match=r"mixture of experts has \['memory'\]"):
+        _ends(block, "mlp", FFN_ENDS, 8)
+    for other, message in ((mlp(width=4), "in Linear"), (mlp("last"), "not in a linear layer of")):
+        with pytest.raises(ValueError, match=message):
+            _ends(other, "mlp", FFN_ENDS, 8)
+    block = torch.nn.ModuleDict({"experts": mlp()})
+    with pytest.raises(ValueError, match="are not stacked in a known way"):
+        _ends(block, "mlp", FFN_ENDS, 8)

@@ -7,12 +7,14 @@ import copy
 import functools
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, collated, prompts
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, TorchAoConfig
+from transformers.generation.streamers import BaseStreamer
 
 import care_hf
 from care_hf import CareForConditionalGeneration
@@ -204,6 +206,28 @@ def test_every_way_of_decoding_gives_the_tokens_of_no_cache(family, kind, way):
         assert torch.equal(found, expected)
 
 
+class Heard(BaseStreamer):
+    """Keeps what it is given."""
+
+    def __init__(self):
+        self.parts, self.ended = [], False
+
+    def put(self, value):
+        self.parts.append(value.flatten())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.supports("streaming")
+@families
+@kinds
+def test_it_streams_what_it_answers(family, kind):
+    heard = Heard()
+    answer = decoded(fitted(family, kind), single(family), {"streamer": heard})
+    assert heard.ended and torch.equal(torch.cat(heard.parts)[-NEW:], answer[0, -NEW:])
+
+
 @torch.no_grad()
 def noisy(family):
     """A model that guesses right, sometimes."""
@@ -380,11 +404,48 @@ def test_lora_goes_on_top_and_is_merged(family, kind):
     assert not torch.allclose(expected, fitted(family, kind)(**inputs).logits, atol=1e-2)
 
 
-def test_the_matrix_in_the_docs_has_these_rows_and_columns(request):
-    from pathlib import Path
+@pytest.mark.supports("int8")
+@families
+@kinds
+@torch.no_grad()
+def test_it_is_loaded_in_eight_bits(family, kind, tmp_path):
+    from torchao.quantization import Int8WeightOnlyConfig
 
-    table = [line for line in Path("docs/support.md").read_text().splitlines() if line.startswith("| ")]
+    inputs, model = collated(family).inputs, fitted(family, kind)
+    how = {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+
+    def eight_bits(model, auto, folder):
+        model.save_pretrained(folder)
+        loaded = auto.from_pretrained(folder, **how)
+        kinds = {type(module.weight) for module in decoder_layers(loaded).modules() if hasattr(module, "weight")}
+        assert len(kinds) > 1  # not all are plain parameters
+        decoded(loaded, inputs, {})
+        return loaded
+
+    stock(lambda: eight_bits(family.model, auto_class(family), tmp_path / "stock"))
+    loaded = eight_bits(model, AutoModel, tmp_path / "repaired")
+    ours = {name: buffer for name, buffer in loaded.named_buffers() if ".care" in name}
+    assert ours and all(torch.equal(buffer, dict(model.named_buffers())[name]) for name, buffer in ours.items())
+    sites = list(loaded.care_modules())
+    with record(loaded.vlm, sites) as after:
+        loaded(**inputs)
+    with loaded.disable(), record(loaded.vlm, sites) as before:
+        loaded(**inputs)
+    if kind == "printed":
+        close(after[sites[0]], repair(before[sites[0]], loaded.subspaces()[sites[0]], loaded.config.fusion))
+    else:
+        assert (after[sites[0]] != before[sites[0]]).any()
+    assert torch.equal(decoded(loaded, inputs, {"use_cache": False}), decoded(loaded, inputs, {}))
+
+
+def test_the_matrix_in_the_docs_has_these_rows_and_columns(request):
+    table = [
+        line
+        for line in (Path(__file__).parents[1] / "docs" / "support.md").read_text().splitlines()
+        if line.startswith("| ")
+    ]
     columns = [cell.strip() for cell in table[0].split("|")[2:-1]]
-    marks = {mark.args[0] for item in request.session.items for mark in item.iter_markers("supports")}
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    marks = {mark.args[0] for item in items for mark in item.iter_markers("supports")}
     assert [line.split("|")[1].strip() for line in table[1:]] == list(FAMILIES)
     assert marks <= set(columns) and "**no**" not in "".join(table)

@@ -62,7 +62,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def convert(checkpoint: str | Path, vision_tower: str | Path, out: str | Path, tokenizer: str | Path | None = None):
+def convert(
+    checkpoint: str | Path,
+    vision_tower: str | Path,
+    out: str | Path,
+    tokenizer: str | Path | None = None,
+    chat_template: str | None = None,
+) -> None:
     """Write the folder `out`, whole or not at all; see the module.
 
     Args:
@@ -70,6 +76,7 @@ def convert(checkpoint: str | Path, vision_tower: str | Path, out: str | Path, t
         vision_tower: folder of the CLIP model that it names.
         out: the folder to write.
         tokenizer: folder of the tokenizer, if it is not in the checkpoint's.
+        chat_template: how conversations are written, as Jinja; by default the tokenizer's, or else Vicuna's.
 
     Raises:
         ValueError: the checkpoint is of another kind, or its tensors do not fit.
@@ -78,6 +85,12 @@ def convert(checkpoint: str | Path, vision_tower: str | Path, out: str | Path, t
     checkpoint, vision_tower = Path(checkpoint), Path(vision_tower)
     original = _read_config(checkpoint)
     words = _tokenizer(Path(tokenizer or checkpoint))
+    words.chat_template = chat_template or words.chat_template or CHAT_TEMPLATE
+    if "<image>" not in words.chat_template:
+        raise ValueError(
+            "The tokenizer's chat template writes no <image>, so that images would be lost; give --chat-template, a "
+            "file of one that does."
+        )
     config = _config(original, vision_tower, words)
     sources = _plan(checkpoint, vision_tower, config, original["vocab_size"])
     with whole(out, folder=True) as folder:
@@ -96,6 +109,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds {original.get('architectures')}; expected ['LlavaLlamaForCausalLM'], the original LLaVA. "
             "A LlavaForConditionalGeneration needs no conversion."
         )
+    if lacking := [key for key in ("vocab_size", "mm_hidden_size", "mm_vision_select_layer") if key not in original]:
+        raise ValueError(f"The config.json of {folder} lacks {lacking}; expected that of a whole LLaVA. Copy it again.")
     for key, values in PLAIN.items():
         if original.get(key) not in values:
             raise ValueError(
@@ -120,7 +135,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _config(original: dict[str, Any], vision_tower: Path, words: PreTrainedTokenizerBase) -> LlavaConfig:
     known = {*LlamaConfig().to_dict(), "rope_theta", "rope_scaling"} - {"architectures", "model_type", "dtype"}
-    text = LlamaConfig(**{key: value for key, value in original.items() if key in known})
+    text = LlamaConfig(**{key: value for key, value in original.items() if key in known and value is not None})
     rows = original["vocab_size"]
     text.vocab_size = rows if len(words) <= rows else -(-len(words) // 64) * 64
     text.pad_token_id = words.pad_token_id
@@ -153,7 +168,7 @@ def _processor(original, vision_tower: Path, words, config: LlavaConfig) -> Llav
         words,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template=words.chat_template or CHAT_TEMPLATE,
+        chat_template=words.chat_template,
         num_additional_image_tokens=1,  # CLIP's class token
     )
 
@@ -262,8 +277,10 @@ def main(arguments: Sequence[str] | None = None) -> str:
     parser.add_argument("--vision-tower", required=True, help="folder of the CLIP model that its config.json names")
     parser.add_argument("--tokenizer", help="folder of the tokenizer, if not that of the checkpoint")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument("--chat-template", help="file of Jinja; by default the tokenizer's, or else that of Vicuna 1.5")
     given = parser.parse_args(arguments)
-    convert(given.checkpoint, given.vision_tower, given.out, given.tokenizer)
+    template = Path(given.chat_template).read_text() if given.chat_template else None
+    convert(given.checkpoint, given.vision_tower, given.out, given.tokenizer, template)
     return f"wrote {given.out}; load it with AutoModelForImageTextToText and AutoProcessor"
 
 

@@ -26,11 +26,11 @@ def load_pickle(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain containers, which could be code and is not run; expected what "
-            "torch.load reads with weights_only=True. Where it comes from, save its tensors alone, as safetensors. "
-            f"({str(error).splitlines()[0]})"
+            f"{path} holds more than tensors and plain containers, which could be code and is not run, or is no file "
+            "of torch.save; expected what torch.load reads with weights_only=True. Where it comes from, save its "
+            f"tensors alone. ({str(error).splitlines()[0]})"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a whole file of torch.save ({error}); copy it again.") from error
 
 

@@ -11,7 +11,6 @@ from care_hf.projection import Subspace
 from care_hf.testbed import World, load_testbed
 from care_hf.testbed.building import build_model, build_processor
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core
 

@@ -55,7 +55,7 @@ def chosen_defence(report: Report, defence: str = "") -> str:
     Raises:
         ValueError: it has no such row, or several could be meant.
     """
-    undefended, *others = report.results
+    others = list(report.results)[1:]
     if defence in others:
         return defence
     if not defence and (len(others) == 1 or "repaired" in others):
@@ -76,7 +76,6 @@ def eval_results(report: Report, defence: str, task: str) -> list[EvalResult]:
             found.append(
                 EvalResult(
                     task_type=task,
-                    task_name=told,
                     dataset_type=report.settings["suite"],
                     dataset_name=f"{report.settings['suite']}: {name}",
                     dataset_config=name,

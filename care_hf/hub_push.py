@@ -3,7 +3,7 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
@@ -50,15 +50,25 @@ def push(
             commit_description=commit_description,
             revision=revision,
             create_pr=create_pr,
-            ignore_patterns=[README] if _is_kept(hub, repo_id, revision) else None,
+            ignore_patterns=[README] if _is_kept(hub, repo_id, revision) or _is_refused(folder / README) else None,
             delete_patterns=WEIGHTS,
         )
 
 
 def push_saved(model, folder: str | Path, repo_id: str | None = None, **options):
-    """What `save_pretrained(folder, push_to_hub=True)` adds to saving; only the model goes up, not all of the folder."""
+    """What `save_pretrained(folder, push_to_hub=True)` adds to saving; the model goes up, not all of the folder."""
     known = {name: options[name] for name in (*OF_A_PUSH, "max_shard_size") if name in options}
     return push(model, repo_id or Path(folder).resolve().name, **known)
+
+
+def _is_refused(readme: Path) -> bool:
+    """Whether the Hub does not take a card, with which it would refuse the whole commit."""
+    try:
+        ModelCard.load(readme).validate()
+        return False
+    except Exception as error:
+        logger.warning(f"The model is pushed, but without a new model card: {type(error).__name__}: {error}")
+        return True
 
 
 def _is_kept(hub: HfApi, repo_id: str, revision: str | None) -> bool:

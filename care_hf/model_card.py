@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,8 +195,8 @@ def _results(report: Report, defence: str) -> dict[str, Any]:
     settings = report.settings
     source = ", ".join(f"{name} {value}" for name, value in settings["source"].items())
     measured = (
-        f"Row {defence!r} of suite {settings['suite']} ({source}), judge {report.judge}, seed {settings['seed']}, greedy "
-        "decoding. Percent, and 95 % Wilson intervals that take prompts as independent; all tables in "
+        f"Row {defence!r} of suite {settings['suite']} ({source}), judge {report.judge}, seed {settings['seed']}, "
+        "greedy decoding. Percent, and 95 % Wilson intervals that take prompts as independent; all tables in "
         "[report.md](report.md). That the row is this checkpoint is the word of whoever attached the report."
     )
     shown = {"measured": measured, "results": results_table(report, defence)}
@@ -229,7 +229,8 @@ def _described(config: CareConfig, told: Mapping[str, Any], card: Card, name: st
         "adapters": list(config.adapters),
         "prompts": ", ".join(counts),
         "data": [f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets],
-        "loading": f'from transformers import {auto}\n\nmodel = {auto}.from_pretrained("{name}", trust_remote_code=True)',
+        "auto": auto,
+        "where": name,
         "intended_use": card.intended_use,
         "install": _install(told["environment"]["fit"] or told["environment"]["saved"]),
         "command": told["command"],
@@ -278,7 +279,7 @@ def _pipeline(config: CareConfig) -> str:
 
 
 def _license(config: CareConfig, base: str | None, online: HfApi | None) -> dict[str, str]:
-    """What the base's card says of its license: in its folder, in the cache, or on the Hub; empty if it cannot be read."""
+    """What the base's card says of its license: in its folder, in the cache, or on the Hub; else nothing."""
     beside = Path(getattr(config.vlm_config, "_name_or_path", "") or "-") / README
     cached = try_to_load_from_cache(base, README) if base else None
     try:

@@ -106,7 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.requests.append(f"POST {path}")
         if path == "/api/validate-yaml":
             errors = _card_errors(json.loads(body)["content"])
-            self.reply("\n".join(errors).encode(), 400 if errors else 200)
+            told = [{"message": error} for error in errors]
+            self.reply({"errors": told, "warnings": []}, 400 if errors else 200)
         elif not self.trusted:
             self.reply({"error": "Invalid username or password."}, 401)
         elif path == "/api/repos/create":
@@ -129,10 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.reply({"error": f"POST {path}"}, 404)
 
     def create(self, named: dict):
-        name = "/".join(part for part in (named.get("organization"), named["name"]) if part)
+        name = "/".join(part for part in (named.get("organization") or "tester", named["name"]))
         known = name in self.server.repos
         if not known:
-            self.server.repos[name] = Repo(bool(named.get("private")))
+            self.server.repos[name] = Repo(named.get("visibility") == "private" or bool(named.get("private")))
         self.reply({"url": f"{self.server.url}/{name}", "name": name, "id": name}, 409 if known else 200)
 
     def commit(self, name: str, branch: str, lines: list[dict]):

@@ -22,7 +22,7 @@ from .report import Report
 logger = logging.get_logger(__name__)
 
 README, REPRODUCE = "README.md", "reproduce.json"
-TEMPLATE = Path(__file__).parent / "data" / "model_card.md"
+TEMPLATE = Path(__file__).parent / "data" / "model_card.jinja"
 TAGS = ("care_hf", "safety", "refusal", "vision-language", "arxiv:2603.27240")
 LICENSE = ("license", "license_name", "license_link")
 # The last line of a card; with any change above it, the card is no longer ours.

@@ -24,6 +24,7 @@ from .configuration_care import BASE_CLASSES, CareConfig, auto_class
 from .delegation import LeavesToBase
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .projection import FUSIONS, MIXED, FixedPrecision, ModalityProjection, SafetyProjection, Subspace
+from .publishing import Publishes, publishes
 from .quantised import check_linear, check_saveable, check_saved, saving
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
@@ -49,7 +50,7 @@ class Switch:
         self.state.enabled = self.before
 
 
-class CareForConditionalGeneration(LeavesToBase):
+class CareForConditionalGeneration(Publishes, LeavesToBase):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
     Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
@@ -380,8 +381,12 @@ class CareForConditionalGeneration(LeavesToBase):
         recalling = RecallingCheckpoint(self.care_state, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, recalling, **kwargs)
 
+    @publishes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers; also writes the processor, if there is one, and the code to load without this package.
+
+        With care_hf installed it writes a model card and ``reproduce.json`` besides, see `care_hf.Card`; a README.md
+        that somebody else wrote stays as it is.
 
         Adapters in the modules are saved with everything else, but for those of the model's own `add_adapter` and
         `load_adapter`: then transformers saves the active one, and nothing else.

@@ -14,7 +14,7 @@ from .attribution_figures import ROUNDING, tokens_html
 from .image_grids import ImageGrid, image_grids
 from .interventions import evaluating
 from .samples import IGNORED, Batch, Sample, answered, collate, load_samples, tokenizer_of
-from .sites import Site, decoder_layers, image_token_ids, record, site_module
+from .sites import Site, decoder_layers, record, site_module, visual_token_ids
 from .token_ablation import ablated_log_probabilities
 
 METHODS = ("ablation", "kernel")
@@ -171,12 +171,11 @@ def attribute(
     model = unwrapped(model)
     place = _site(model, site, method)
     sample = load_samples([prompt], "prompt")[0]
-    batch = collate(processor, [sample], image_token_ids(model.config))
+    batch = collate(processor, [sample], visual_token_ids(model.config))
     positions = (batch.visual | batch.text)[0].nonzero()[:, 0]
     visual = batch.visual[0, positions]
-    images = image_grids(
-        sample.images, batch.inputs, batch.visual[0], positions, model.config, processor.image_processor, grids
-    )
+    does = getattr(processor, "image_processor", None)  # a tokenizer, of a model of text, has none
+    images = image_grids(sample.images, batch.inputs, batch.visual[0], positions, model.config, does, grids)
     with evaluating(model):
         if method == "kernel":
             scores, log_p = _kernel_scores(model, batch, positions, place), None

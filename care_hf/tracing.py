@@ -128,6 +128,7 @@ class _Tracer:
         self.cases = [*malicious, *benign]
         self.tokens, self.batch_size, self.seed, self.reuse = 32, 16, 0, True
         self.sites: Sequence[Site] = ()
+        self._checked: set[frozenset[str]] = set()  # names of inputs with which replays have been checked
         self._contributions: Contributions | None = None
         self.contrast: Contrast | None = None
         self._of_model, self._of_benign = answers_fingerprint(model, processor), prompts_fingerprint(benign)
@@ -233,13 +234,14 @@ class _Tracer:
         """The undisturbed run to share; None where the plain way has to do.
 
         The first one is held against the plain way, without a block and under one, and its answers are read at once,
-        since models may do what no check foresees.
+        since models may do what no check foresees; so is the first one with images if there were none, which a model
+        may hand on to layers in other ways than in the stream.
         """
         try:
             replay = Replay(self.model, inputs, which, self.tokens)
         except NotReplayable as reason:
             return self._give_up(str(reason))
-        if self._checked:
+        if frozenset(inputs) in self._checked:
             return replay
         if not replay.agrees():
             return self._give_up("it reads its answers otherwise at once than one token at a time.")
@@ -248,10 +250,8 @@ class _Tracer:
             expected = generate_blocked(self.model, inputs, blocker, which, self.tokens)[0]
             if self._decoded(answers) != self._decoded(expected):
                 return self._give_up("its answers came out otherwise.")
-        self._checked = True
+        self._checked.add(frozenset(inputs))
         return replay
-
-    _checked = False
 
     def _give_up(self, reason: str) -> None:
         logger.warning(f"{type(self.model).__name__} is traced one block at a time: {reason}")

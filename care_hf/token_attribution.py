@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .adapters import unwrapped
@@ -75,6 +76,11 @@ class TokenAttribution:
                 "from 0, while `scores` holds all tokens."
             )
         found = self.images[image]
+        if not self.visual.any():
+            raise ValueError(
+                f"Image {image} has no tokens in the prompt: the model reads its images by cross-attention, so there is "
+                "no heat to map; `scores` are of the text."
+            )
         if found.grid is None:
             raise ValueError(
                 f"How the {len(found.indices) or 'unknown number of'} tokens of image {image} lie on it cannot be "
@@ -175,7 +181,8 @@ def attribute(
     positions = (batch.visual | batch.text)[0].nonzero()[:, 0]
     visual = batch.visual[0, positions]
     does = getattr(processor, "image_processor", None)  # a tokenizer, of a model of text, has none
-    images = image_grids(sample.images, batch.inputs, batch.visual[0], positions, model.config, does, grids)
+    each = _tokens_of_each(model, processor, sample.images)
+    images = image_grids(sample.images, batch.inputs, batch.visual[0], positions, model.config, does, grids, each)
     with evaluating(model):
         if method == "kernel":
             scores, log_p = _kernel_scores(model, batch, positions, place), None
@@ -212,6 +219,19 @@ def _site(model: nn.Module, site: Site | str | None, method: str) -> Site | None
     site = Site.parse(site) if isinstance(site, str) else site
     site_module(model, site)  # raises where there is none
     return site
+
+
+def _tokens_of_each(model, processor, images: Sequence[Image.Image]) -> list[int] | None:
+    """How many tokens each of several images has: it may be cut into another number of tiles than the others.
+
+    Counted in prompts of as many images, each the same one, since a processor may cut an image up only if it is alone.
+    """
+    if len(images) < 2:
+        return None
+    contents = [[*[{"type": "image", "image": image}] * len(images), {"type": "text", "text": "?"}] for image in images]
+    prompts = [Sample([{"role": "user", "content": content}]) for content in contents]
+    tokens = visual_token_ids(model.config)
+    return [int(collate(processor, [prompt], tokens).visual.sum()) // len(images) for prompt in prompts]
 
 
 def _answer(model, processor, sample: Sample, answer: str | None, max_new_tokens: int) -> str:

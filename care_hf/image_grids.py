@@ -38,9 +38,9 @@ def image_grids(
     """Part the image tokens of one prompt among its images.
 
     Where the inputs have `image_grid_thw` (Qwen), it tells all. Else `each` does, if those are all. Else each run of
-    image tokens is an image, or, if there are not as many runs as images and no `each`, all have equally many. An image that enters the model as one picture in one
-    run whose length is a square number is taken to be a square of tokens; any other layout (tiles, row breaks) is not
-    guessed.
+    image tokens is an image, or, if there are not as many runs as images and no `each`, all have equally many. An image
+    that enters the model as one picture in one run whose length is a square number is taken to be a square of tokens;
+    any other layout (tiles, row breaks) is not guessed.
 
     Args:
         images: of the prompt, in order.

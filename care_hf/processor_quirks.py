@@ -29,9 +29,9 @@ def check_images(processor, conversations: Conversations) -> None:
     counts = [sum(part["type"] == "image" for m in messages for part in m["content"]) for messages in conversations]
     if isinstance(processor, MllamaProcessor) and len(set(counts)) > 1:
         raise ValueError(
-            f"The prompts of one batch have {counts} images. {type(processor).__name__} pads them to equal numbers, and "
-            "tokens before a prompt's first image attend to the padding, so that prompts would not be read as alone; "
-            "give prompts with equal numbers of images (to what takes pairs: within each pair), or batch_size=1."
+            f"The prompts of one batch have {counts} images. {type(processor).__name__} pads them to equal numbers, "
+            "and tokens before a prompt's first image attend to the padding, so that prompts would not be read as "
+            "alone; give prompts with equal numbers of images (to what takes pairs: within each pair), or batch_size=1."
         )
     if isinstance(processor, InstructBlipProcessor) and set(counts) != {1}:
         raise ValueError(

@@ -234,7 +234,7 @@ class Replay:
 
 
 def _spread(logits: torch.Tensor) -> torch.Tensor:
-    """Standard deviation over the tokens that can be said at all, float32 (...); Chameleon says no piece of an image."""
+    """Standard deviation over tokens that can be said at all, float32 (...); Chameleon says no pieces of images."""
     wide, said = logits.float(), logits > torch.finfo(logits.dtype).min
     count = said.sum(dim=-1)
     mean = wide.masked_fill(~said, 0).sum(dim=-1) / count

@@ -231,9 +231,15 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     inputs = chat(processor, [sample.messages for sample in samples], padding_side, add_generation_prompt=True)
     ids = inputs["input_ids"]
     visual = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
-    control = torch.tensor(sorted(tokenizer_of(processor).all_special_ids), dtype=ids.dtype)
+    control = torch.tensor(sorted(_control_tokens(tokenizer_of(processor))), dtype=ids.dtype)
     text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
     return Batch(inputs, visual, text)
+
+
+def _control_tokens(tokenizer) -> set[int]:
+    """Those that have a name or a list that says so, and those that were added as such: Llama 3's headers, say."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def tokenizer_of(processor):
@@ -260,9 +266,7 @@ def chat(processor, conversations: Sequence[Sequence[dict]], padding_side: str, 
     else:
         options["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
         check_images(processor, conversations)
-    inputs = apply_evenly(
-        processor, conversations, lambda those: processor.apply_chat_template(list(those), **options)
-    )
+    inputs = apply_evenly(processor, conversations, lambda those: processor.apply_chat_template(list(those), **options))
     # PaliGemma's processor gives some whether asked or not.
     return {name: value for name, value in inputs.items() if name != "labels"}
 

@@ -78,8 +78,8 @@ class TokenAttribution:
         found = self.images[image]
         if not self.visual.any():
             raise ValueError(
-                f"Image {image} has no tokens in the prompt: the model reads its images by cross-attention, so there is "
-                "no heat to map; `scores` are of the text."
+                f"Image {image} has no tokens in the prompt: the model reads its images by cross-attention, so there "
+                "is no heat to map; `scores` are of the text."
             )
         if found.grid is None:
             raise ValueError(

@@ -55,7 +55,9 @@ def find_sites(model: nn.Module, components: Sequence[str], layers: Sequence[int
             site_module(model, site)
             sites.append(site)
         except ValueError as error:
-            missing[site] = ValueError(f"{error} (Here that is called {LAYER!r}.)" if "'residual'" in str(error) else error)
+            missing[site] = ValueError(
+                f"{error} (Here that is called {LAYER!r}.)" if "'residual'" in str(error) else error
+            )
     for name in components:
         lacking = [site for site in missing if site.component == known[name]]
         if lacking and (layers is not None or len(lacking) == len(named)):

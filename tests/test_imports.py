@@ -13,6 +13,7 @@ ORDER = [
         "projection",
         "sites",
         "linalg",
+        "processor_quirks",
         "samples",
         "rates",
         "suite",

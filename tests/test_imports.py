@@ -25,6 +25,8 @@ ORDER = [
         "attribution_figures",
         "separation",
         "quantised",
+        "atomic",
+        "pushing",
     },
     {
         "gating",
@@ -48,7 +50,7 @@ ORDER = [
         "separability",
         "site_check",
     },
-    {"undisturbed", "pair_runs", "repairing", "delegation"},
+    {"undisturbed", "pair_runs", "repairing", "delegation", "loading"},
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
     {"turns", "attacks", "preference_steering", "tracing", "token_attribution"},
@@ -78,6 +80,9 @@ REMOTE_CODE = {
     "adapters",
     "repairing",
     "delegation",
+    "loading",
+    "atomic",
+    "pushing",
 }
 
 

@@ -42,8 +42,8 @@ def check_source(source: Any, options: Mapping[str, Any]) -> None:
     """
     if options.get("use_safetensors") is False or options.get("gguf_file"):
         raise ValueError(
-            "Repaired checkpoints are safetensors alone: other formats can run code (pickles) or lose the repair; leave "
-            "use_safetensors and gguf_file out."
+            "Repaired checkpoints are safetensors alone: other formats can run code (pickles) or lose the repair; "
+            "leave use_safetensors and gguf_file out."
         )
     if source is None:
         return
@@ -147,8 +147,7 @@ def repair_digest(model: nn.Module, state: Mapping[str, torch.Tensor] | None = N
         for leaf, buffer in sorted(getattr(module, kind).named_buffers()):
             value = (state or {}).get(f"{names[id(module)]}.{kind}.{leaf}", buffer).detach()
             value = value.float() if value.is_floating_point() else value.long()
-            raw = value.cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(f"{key}.{leaf} {tuple(value.shape)}".encode() + raw.numpy().tobytes())
+            digest.update(f"{key}.{leaf} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -120,8 +120,8 @@ def compare(facts: Mapping[str, Any], values: torch.Tensor, base: nn.Module) -> 
         lacking = _unmatched([weight for weight in found if weight[1] in shapes], stored)
     if lacking:
         raise ValueError(
-            f"it is for {_called(facts)}, and weights of this one differ ({len(set(lacking))} of them, {lacking[0]} first), "
-            "as after a fine-tuning or with other adapters"
+            f"it is for {_called(facts)}, and weights of this one differ ({len(set(lacking))} of them, {lacking[0]} "
+            "first), as after a fine-tuning or with other adapters"
         )
     return _sureness(stored, found, unread + facts["unread"])
 

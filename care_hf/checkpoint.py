@@ -53,16 +53,12 @@ def save_adapter(
         OSError: it cannot be written, or uploaded; an older file stays.
     """
     if not isinstance(repaired, CareForConditionalGeneration):
-        raise TypeError(
-            f"A {type(repaired).__name__} has no repair to save; give the model that `care_hf.fit` returned."
-        )
+        raise TypeError(f"A {type(repaired).__name__} has no repair to save; give what `care_hf.fit` returned.")
     repaired.check()
     for name in ("strength", "fusion_weight"):
         found = {float(getattr(part, name)) for part in repaired.care_modules().values() if hasattr(part, name)}
         if len(found) > 1:
-            raise ValueError(
-                f"The sites differ in {name}, {sorted(found)}, and an adapter has one; set them all alike."
-            )
+            raise ValueError(f"Sites differ in {name}, {sorted(found)}, and an adapter has one; set them all alike.")
     subspaces = SafetySubspaces.from_model(repaired)
     tensors, settings = subspaces.content()
     facts, values = base_fingerprint.describe(repaired.vlm)

@@ -186,7 +186,8 @@ class CareForConditionalGeneration(LeavesToBase):
         if config.gate:
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
-        repaired.layers = repaired.layers.to(model.device)
+        if model.device.type != "meta":  # as it is where the base is offloaded
+            repaired.layers = repaired.layers.to(model.device)
         for module in repaired.modules():
             module._is_hf_initialized = True  # `init_weights` is for what nothing has filled
         return repaired.train(model.training)

@@ -56,7 +56,8 @@ def content(
     header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(metadata))}
     if base is not None:
         header["base"] = json.dumps(base)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, for tensors that share memory, as those of one subspace at two sites, are not written otherwise.
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return save(tensors, metadata={**header, "digest": _digest(header, tensors)})
 
 

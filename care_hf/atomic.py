@@ -55,24 +55,24 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{folder} is a file; name a folder to save to.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = _staging(target)
+    staging, keep = _staging(target), False
     try:
         yield staging
         for path in (*staging.rglob("*"), staging):
             _sync(path)
-        swapped = _swap(staging, target)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    if not swapped:
-        try:
+        if not _swap(staging, target):
+            keep = True  # until all is in its place
             _move(staging, target)
-        except OSError as error:
-            raise OSError(
-                f"{folder} could not be replaced ({error}); what was to be saved is whole in {staging}."
-            ) from error
-    _sync(target.parent)
-    shutil.rmtree(staging, ignore_errors=True)
+            keep = False
+        _sync(target.parent)
+    except OSError as error:
+        if not keep:
+            raise
+        saved = f"what was to be saved is whole in {staging}"
+        raise OSError(f"{folder} could not be replaced ({error}); {saved}.") from error
+    finally:
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _staging(target: Path) -> Path:

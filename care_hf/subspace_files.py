@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .atomic import replace_file
+from .configuration_care import SCOPES
 from .gating import Gate
-from .projection import Subspace
+from .projection import FUSIONS, Subspace
 from .sites import Site
 
 FORMAT = "care_hf.subspaces.v2"
@@ -158,6 +159,9 @@ def _check_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         fits = type(value) in (int, float) and math.isfinite(value) if kind is float else isinstance(value, kind)
         if not fits:
             raise ValueError(f"its setting {name}={value!r:.80} must be a {kind.__name__}, finite if a number.")
+    for name, known in (("fusion", FUSIONS), ("scope", SCOPES)):
+        if settings.get(name, known[0]) not in known:
+            raise ValueError(f"its setting {name}={settings[name]!r:.80} is not known; expected one of {known}.")
     return {name: value for name, value in settings.items() if name != "gate"}
 
 

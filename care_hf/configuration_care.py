@@ -102,7 +102,12 @@ class CareConfig(PreTrainedConfig):
         for name, of_whole in (("attn_implementation", {"": own}), ("experts_implementation", {})):
             kwargs.setdefault(name, {**of_whole, "vlm_config": _of_each_part(vlm_config, f"_{name}")})
         kwargs.setdefault("tie_word_embeddings", getattr(vlm_config, "tie_word_embeddings", False))
-        super().__init__(**kwargs)
+        try:
+            super().__init__(**kwargs)
+        except (ValueError, TypeError):
+            raise
+        except Exception as error:  # huggingface_hub's of a field that has another type
+            raise ValueError(f"config.json holds what transformers cannot read: {error}") from error
 
     def _check_gate(self) -> None:
         asking = [

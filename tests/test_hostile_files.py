@@ -3,6 +3,7 @@
 With the environment variable FUZZ=N the fuzzing tests try N inputs each.
 """
 
+import copy
 import errno
 import json
 import os
@@ -396,7 +397,7 @@ def mutate(content: bytes, changes, regions) -> bytes:
         elif what == "swap":
             data[at : at + length], data[:length] = data[:length], data[at : at + length]
         else:  # a header of another length
-            data[:8] = (int.from_bytes(data[:8], "little") + length - 32).to_bytes(8, "little", signed=True)
+            data[:8] = ((int.from_bytes(data[:8], "little") + length - 32) % 2**64).to_bytes(8, "little")
         if not data:
             return b""
     return bytes(data)
@@ -436,7 +437,7 @@ def edited(value, changes):
         for part in path:
             holder = holder[part]
         if what == "put":
-            holder[key] = strange
+            holder[key] = copy.deepcopy(strange)  # else a list might come to hold itself
         elif what == "drop":
             del holder[key]
         elif what == "nest":

@@ -27,8 +27,10 @@ _LAZY = {
     "diagnose": "diagnosing",
     "evaluate": "evaluation",
     "fit": "fitting",
+    "load_adapter": "checkpoint",
     "load_testbed": "testbed",
     "name_places": "sites",
+    "save_adapter": "checkpoint",
     "trace": "tracing",
     "write_card": "model_card",
 }

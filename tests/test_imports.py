@@ -27,6 +27,8 @@ ORDER = [
         "separation",
         "quantised",
         "publishing",
+        "atomic",
+        "pushing",
     },
     {
         "gating",
@@ -38,9 +40,10 @@ ORDER = [
         "contrasts",
         "trace_results",
         "card_results",
+        "base_fingerprint",
     },
     {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
-    {"configuration_care", "repair_state", "detectors", "teacher_forcing", "data_settings"},
+    {"configuration_care", "repair_state", "subspace_files", "detectors", "teacher_forcing", "data_settings"},
     {
         "repaired_module",
         "adapters",
@@ -51,13 +54,13 @@ ORDER = [
         "separability",
         "site_check",
     },
-    {"undisturbed", "pair_runs", "repairing", "delegation"},
+    {"undisturbed", "pair_runs", "repairing", "delegation", "loading"},
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
     {"provenance"},
     {"turns", "attacks", "preference_steering", "tracing", "token_attribution"},
     {"mediation"},
-    {"turn_repair", "adaptive", "defences", "universal_attack", "neurons"},
+    {"turn_repair", "adaptive", "checkpoint", "defences", "universal_attack", "neurons"},
     {"diagnosis", "measuring", "figure_parts"},
     {"diagnosis_figures"},
     {"site_choice", "model_card"},
@@ -84,6 +87,9 @@ REMOTE_CODE = {
     "adapters",
     "repairing",
     "delegation",
+    "loading",
+    "atomic",
+    "pushing",
 }
 
 

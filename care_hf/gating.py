@@ -93,16 +93,26 @@ class GateReader(FixedPrecision):
         readers = full_precision(self.readers)
         return h.to(readers.dtype) @ readers - self.thresholds
 
-    def forward(self, h: torch.Tensor, pictured: torch.Tensor) -> torch.Tensor:
+    @torch.no_grad()
+    def forward(self, h: torch.Tensor, pictured: torch.Tensor, asked: torch.Tensor | None = None) -> torch.Tensor:
         """Where the gate would fire if a prompt ended there.
 
         Args:
             h: (..., d).
             pictured: bool (...), whether there is an image up to that token.
+            asked: bool (...), the tokens that matter; the answer for others may be False whatever they are.
 
         Returns:
-            bool (...).
+            bool (...); no gradient goes through it.
         """
+        if asked is None or not branches_freely(h):
+            return self._fires(h, pictured)
+        fires = torch.zeros_like(asked)
+        if asked.any():
+            fires[asked] = self._fires(h[asked], pictured[asked])
+        return fires
+
+    def _fires(self, h: torch.Tensor, pictured: torch.Tensor) -> torch.Tensor:
         above = self.margins(h) > 0
         fires = above[..., : self.required].all(dim=-1)
         shared, own = above[..., self.required :].split(
@@ -121,28 +131,60 @@ class GateReader(FixedPrecision):
         Gate((0,), self.readers, self.thresholds, self.required, self.pictured)
 
 
-def prompt_ends(ids: torch.Tensor, prompt_end: Sequence[int]) -> torch.Tensor:
-    """Where the ids (B, S) end with the ids `prompt_end`, bool (B, S)."""
-    found = torch.ones_like(ids, dtype=torch.bool)
-    for back, token in enumerate(reversed(prompt_end)):
-        found = found & pad(ids == token, (back, 0))[:, : ids.shape[1]]
-    return found
+def prompt_ends(ids: torch.Tensor, prompt_end: Sequence[int], earlier: torch.Tensor | None = None) -> torch.Tensor:
+    """Where the ids (B, S) end with the ids `prompt_end`, bool (B, S).
+
+    Args:
+        ids: of the tokens.
+        prompt_end: see `Gate`.
+        earlier: ids (B, len(prompt_end) - 1) of those before them, -1 where there are none; None if there are none.
+    """
+    back, length = len(prompt_end) - 1, ids.shape[1]
+    ended = ids == prompt_end[-1]
+    if branches_freely(ids) and not ended.any():  # so it is at most tokens of an answer
+        return ended
+    window = pad(ids, (back, 0), value=-1) if earlier is None else torch.cat([earlier, ids], dim=1)
+    for place, token in enumerate(prompt_end[:-1]):
+        ended = ended & (window[:, place : place + length] == token)
+    return ended
 
 
-def turn_steps(last: torch.Tensor, fires: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def turn_steps(
+    last: torch.Tensor, fires: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps since the last token of the prompt, and whether the gate fired there.
 
     Args:
         last: bool (B, S), True at the last token of a prompt.
         fires: bool (B, S), True where the gate fires.
+        before: what this function returned for the token before these, (B, 1) each; None if there is none.
 
     Returns:
         ``(steps, held)``, int64 and bool (B, S): in a conversation the latest prompt counts.
     """
-    columns = torch.arange(last.shape[-1], device=last.device)
-    start = torch.where(last, columns, -1).cummax(dim=-1).values
-    steps = torch.where(start >= 0, columns - start, -1)
-    return steps, fires.gather(-1, start.clamp(min=0)) & (start >= 0)
+    single = last.shape[-1] == 1
+    if single:
+        steps, held = torch.where(last, 0, -1), fires & last
+    else:
+        columns = torch.arange(last.shape[-1], device=last.device)
+        start = torch.where(last, columns, -1).cummax(dim=-1).values
+        steps = torch.where(start >= 0, columns - start, -1)
+        held = fires.gather(-1, start.clamp(min=0)) & (start >= 0)
+    if before is None:
+        return steps, held
+    earlier, went_on = before
+    next_step = torch.where(earlier < 0, -1, earlier + 1 if single else earlier + 1 + columns)
+    return torch.where(steps < 0, next_step, steps), torch.where(steps < 0, went_on, held)
+
+
+def pack(steps: torch.Tensor, held: torch.Tensor, pictured: torch.Tensor) -> torch.Tensor:
+    """What must be remembered of a token, in one int64 each: 0 of one before any prompt and image; see `unpack`."""
+    return (steps + 1) * 4 + held * 2 + pictured
+
+
+def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``(steps, held, pictured)``, int64, bool and bool, from what `pack` gave."""
+    return packed // 4 - 1, packed & 2 > 0, packed & 1 > 0
 
 
 class TurnProjection(FixedPrecision):
@@ -208,12 +250,29 @@ class TurnProjection(FixedPrecision):
         if not branches_freely(h):
             return self._everywhere(h, steps)
         # Few tokens are repaired, mostly none.
-        last = 0 if self.response is None else len(self.response.mean)
-        rows = ((steps >= 0) & (steps <= last)).reshape(-1).nonzero()[:, 0]
-        if not len(rows) or self.strength == 0:
+        tokens, flat, last = h.reshape(-1, h.shape[-1]), steps.reshape(-1), self._last_step()
+        if self.strength == 0:
             return h
-        tokens = h.reshape(-1, h.shape[-1])
-        return tokens.index_copy(0, rows, self._everywhere(tokens[rows], steps.reshape(-1)[rows])).reshape(h.shape)
+        if len(flat) == 1:
+            step = int(flat)
+            return self._at(h, step) if 0 <= step <= last else h
+        rows = ((flat >= 0) & (flat <= last)).nonzero()[:, 0]
+        if not len(rows):
+            return h
+        return tokens.index_copy(0, rows, self._everywhere(tokens[rows], flat[rows])).reshape(h.shape)
+
+    def _last_step(self) -> int:
+        return 0 if self.response is None else len(self.response.mean)
+
+    def _at(self, h: torch.Tensor, step: int) -> torch.Tensor:
+        """The same for a token of a known step: one of an answer, mostly."""
+        part = self.response if step else self.last
+        if part is None:
+            return h
+        work = h.to(torch.promote_types(h.dtype, torch.float32))
+        anchor = part.beta * (part.mean[step - 1] if step else part.mean)
+        coefficients = self.strength * ((anchor - work) @ part.read_by(work.dtype))
+        return (work + coefficients @ part.basis.to(work.dtype).mT).to(h.dtype)
 
     def _everywhere(self, h: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
         """The same, computed at every token."""

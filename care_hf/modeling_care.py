@@ -20,10 +20,14 @@ from .adapters import (
     unwrapped,
     watch_places,
 )
-from .configuration_care import BASE_CLASSES, CareConfig, auto_class
+from .atomic import replaced_folder
+from .configuration_care import BASE_CLASSES, FORMAT, CareConfig, auto_class
 from .delegation import LeavesToBase
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
+from .loading import check_digest, check_keys, check_source, named_errors, repair_digest
 from .projection import FUSIONS, MIXED, FixedPrecision, ModalityProjection, SafetyProjection, Subspace
+from .publishing import Publishes, publishes
+from .pushing import push, taken_for_hub, writes_alone
 from .quantised import check_linear, check_saveable, check_saved, saving
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
@@ -49,7 +53,7 @@ class Switch:
         self.state.enabled = self.before
 
 
-class CareForConditionalGeneration(LeavesToBase):
+class CareForConditionalGeneration(Publishes, LeavesToBase):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
     Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
@@ -183,7 +187,8 @@ class CareForConditionalGeneration(LeavesToBase):
         if config.gate:
             module = repaired._gate_module()
             module.care_gate = GateReader.from_gate(subspaces.gate).to(execution_device(module))
-        repaired.layers = repaired.layers.to(model.device)
+        if model.device.type != "meta":  # as it is where the base is offloaded
+            repaired.layers = repaired.layers.to(model.device)
         for module in repaired.modules():
             module._is_hf_initialized = True  # `init_weights` is for what nothing has filled
         return repaired.train(model.training)
@@ -192,35 +197,32 @@ class CareForConditionalGeneration(LeavesToBase):
     def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but a checkpoint whose repair is not whole raises instead of loading.
 
+        Whatever lies in a folder or Hub repo, nothing but safetensors is opened there.
+
         Raises:
-            ValueError: a tensor of the repair or of the base is missing, or a tensor of the repair has another shape,
-                is unknown to the configuration or holds what it cannot hold; or a folder of an adapter is named.
+            ValueError: a tensor of the repair or of the base is missing; a tensor or setting of the repair has another
+                shape, is unknown, holds what it cannot hold or is not, bit for bit, what was saved; the checkpoint is
+                of a later format; a file is broken, or names one outside its folder; pickles are asked for; or a folder
+                of an adapter is named.
+            OSError: there is no such checkpoint, or none in safetensors.
+            RuntimeError, TypeError: transformers finds weights or arguments that do not fit.
             ImportError: the checkpoint has adapters, and PEFT is not installed.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_source(source, kwargs)
+        if source is not None:
+            kwargs["use_safetensors"] = True
+        with named_errors(source):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if model._hf_peft_config_loaded:
             # What transformers reports then is what the adapter lacks, not what the repaired model does.
             raise ValueError(
                 "An adapter cannot be loaded in one step with the repaired model that it is for, since that could not "
                 "be checked; load the repaired model, then the adapter with `load_adapter` or `PeftModel`."
             )
-        missing = sorted(info["missing_keys"])
-        adapted = tuple(f"vlm.{name}." for name in adapter_layers(model.vlm))
-        foreign = sorted(key for key in info["unexpected_keys"] if _of_the_repair(key) or key.startswith(adapted))
-        reshaped = sorted(
-            str(key) for key in info["mismatched_keys"] if _of_the_repair(str(key)) or "layers" in str(key).split("'")
-        )
-        for what, keys in (
-            ("lacks", missing),
-            ("has, unknown to its config.json,", foreign),
-            ("has in another shape", reshaped),
-        ):
-            if keys:
-                raise ValueError(
-                    f"The checkpoint {what} {len(keys)} tensors: {', '.join(keys[:5])}. It would not run as repaired, "
-                    "so it is not loaded; save it again from the repaired model."
-                )
+        check_keys(info, tuple(f"vlm.{name}." for name in adapter_layers(model.vlm)))
         model.check()
+        check_digest(model)
         return (model, info) if output_loading_info else model
 
     def check(self) -> None:
@@ -380,17 +382,23 @@ class CareForConditionalGeneration(LeavesToBase):
         recalling = RecallingCheckpoint(self.care_state, gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, recalling, **kwargs)
 
+    @publishes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As in transformers; also writes the processor, if there is one, and the code to load without this package.
 
+        With care_hf installed it writes a model card and ``reproduce.json`` besides, see `care_hf.Card`; a README.md
+        that somebody else wrote stays as it is.
+
         Adapters in the modules are saved with everything else, but for those of the model's own `add_adapter` and
-        `load_adapter`: then transformers saves the active one, and nothing else.
+        `load_adapter`: then transformers saves the active one, and nothing else. Whoever is killed or runs out of disk
+        leaves the folder as it was, see `atomic.replaced_folder`; what is pushed is pushed after that.
 
         Raises:
             ValueError: the repair is not whole (see `check`), an adapter is around a repaired module or could not be
                 loaded again as it is, the module is a single linear layer that was quantised before its repair, or
                 bitsandbytes would save changed weights.
             NotImplementedError: transformers cannot save what it loaded quantised.
+            OSError: the folder cannot be written.
         """
         self.check()
         for site, module in self._site_modules().items():
@@ -401,12 +409,18 @@ class CareForConditionalGeneration(LeavesToBase):
         module = type(self).__module__.rpartition(".")[2]
         self.config.auto_map = {name: f"{module}.{type(self).__name__}" for name in AUTO_CLASSES}
         self.config.auto_map["AutoConfig"] = f"{CareConfig.__module__.rpartition('.')[2]}.{CareConfig.__name__}"
-        if self.processor is not None:
-            # First: with push_to_hub the model's save uploads whatever is in the folder.
-            self.processor.save_pretrained(save_directory)
+        given = inspect.signature(super().save_pretrained).bind(save_directory, *args, **kwargs)
+        given = {**given.arguments.pop("kwargs", {}), **given.arguments}
+        self.config.care_format, self.config.repair_digest = FORMAT, repair_digest(self, given.get("state_dict"))
         with saving(getattr(self, "hf_quantizer", None)):
-            super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def _of_the_repair(key: str) -> bool:
-    return ".care." in key or ".care_gate." in key or key == "layers"
+            if not writes_alone(given):
+                super().save_pretrained(**given)
+                return
+            hub = taken_for_hub(given)
+            with replaced_folder(save_directory) as folder:
+                if self.processor is not None:
+                    self.processor.save_pretrained(folder)
+                super().save_pretrained(**{**given, "save_directory": folder})
+                written = [path.name for path in folder.iterdir()]
+        if hub is not None:
+            push(self, save_directory, written, **hub)

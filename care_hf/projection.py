@@ -119,6 +119,8 @@ class ModalityProjection(nn.Module):
 
     def __init__(self, dimension: int, rank: int, oblique: bool, steps: int = 0):
         super().__init__()
+        if not 1 <= rank <= dimension:
+            raise ValueError(f"rank={rank} must lie between 1 and the hidden size d={dimension}.")
         # NaN until loaded: what a file fails to bring can then be told from what it brings.
         self.register_buffer("basis", torch.full((dimension, rank), torch.nan, dtype=torch.float32))
         anchors = (steps, dimension) if steps else (dimension,)

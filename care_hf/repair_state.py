@@ -1,8 +1,8 @@
 """What the repaired modules of a model share while it runs: the switch, the visual tokens, and the gate's decisions.
 
-What a gate decided is kept in the key-value cache itself, as one more layer of it, which holds a flag and the id of
-every token. So it is reordered by beam search, cropped by assisted decoding and carried along by chunked prefill as the
-keys are.
+What a gate decided is kept in the key-value cache itself, as one more layer of it, which holds the id of every token
+and what `gating.pack` keeps of it. So it is reordered by beam search, cropped by assisted decoding and carried along by
+chunked prefill as the keys are.
 """
 
 import inspect
@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from .gating import prompt_ends, turn_steps
+from .gating import GateReader, pack, prompt_ends, turn_steps, unpack
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -110,7 +111,7 @@ class Forward:
         self.model = model
         self.visual_mask = self.pictured = self.steps = self.held_steps = None
         self._prompt_end = prompt_end
-        self._ids = self._entry = self._cache = self._layer = None
+        self._ids = self._ends = self._before = self._entry = self._cache = self._layer = None
 
     @classmethod
     def of_call(cls, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], state: RepairState) -> "Forward":
@@ -137,10 +138,16 @@ class Forward:
         self._cache = _decoder_cache(given.get("cache") if cache is None else cache)
         self._layer = _turn_layer(self._cache)
         self._check_history()
-        self.pictured = _among(self._ids, images).cummax(dim=1).values
-        if self._layer is not None and self._layer.is_initialized:  # not so after a reset
-            history = self._layer.keys[:, 0, :, 0].to(self._ids.device)
-            self.pictured = self.pictured | _among(history, images).any(dim=1, keepdim=True)
+        self.pictured = _among(self._ids, images)
+        if self._ids.shape[1] > 1:
+            self.pictured = self.pictured.cummax(dim=1).values
+        if self._layer is None or not self._layer.is_initialized:  # not so after a reset
+            self._ends = prompt_ends(self._ids, self._prompt_end)
+            return
+        earlier, packed = _recent(self._layer, len(self._prompt_end) - 1, self._ids.device)
+        self._ends = prompt_ends(self._ids, self._prompt_end, earlier)
+        *self._before, pictured = unpack(packed)
+        self.pictured = self.pictured | pictured
 
     def _check_history(self) -> None:
         """Assert that the gate has seen every token in the cache."""
@@ -156,23 +163,17 @@ class Forward:
         elif int(past) != int(known):
             raise ValueError(message)
 
-    def decide(self, fires: torch.Tensor) -> None:
-        """Hear of the gate where it would fire, bool (B, S), and count the steps of every token."""
+    def decide(self, gate: GateReader, h: torch.Tensor) -> None:
+        """Have the gate read h (B, S, d) where prompts end, and count the steps of every token."""
         if self.steps is not None:
             return  # gradient checkpointing asks again
-        ids = self._ids.to(fires.device)
-        # Layers keep one dtype, that of the ids.
-        self._entry = ids[:, None, :, None], fires[:, None, :, None].to(ids.dtype)
-        if self._layer is None:
-            steps, held = turn_steps(prompt_ends(ids, self._prompt_end), fires)
-        else:
-            past = self._layer.get_seq_length()
-            if isinstance(past, torch.Tensor):
-                past = past.clone()  # counted up in place by the update
-            columns = past + torch.arange(ids.shape[1], device=ids.device)
-            ids, fires = (history[:, 0, :, 0].to(ids.device) for history in self._layer.update(*self._entry))
-            every = turn_steps(prompt_ends(ids, self._prompt_end), fires.bool())
-            steps, held = (of_all.index_select(1, columns) for of_all in every)
+        ends, pictured = self._ends.to(h.device), self.pictured.to(h.device)
+        before = None if self._before is None else tuple(of_token.to(h.device) for of_token in self._before)
+        steps, held = turn_steps(ends, gate(h, pictured, ends), before)
+        ids, packed = self._ids.to(h.device), pack(steps, held, pictured)
+        self._entry = ids[:, None, :, None], packed[:, None, :, None].to(ids.dtype)  # layers keep one dtype
+        if self._layer is not None:
+            self._layer.update(*self._entry)
         self.steps, self.held_steps = steps, torch.where(held, steps, -1)
 
     def end(self, output: Any) -> None:
@@ -244,6 +245,19 @@ def _end(model: PreTrainedModel, args, output) -> None:
         state.now = Forward()
 
 
+def _recent(layer: Any, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids (B, count) of the last tokens in a layer, -1 where there are none; what is packed (B, 1) of the last."""
+    past, ids, packed = layer.get_seq_length(), layer.keys[:, 0, :, 0], layer.values[:, 0, :, 0]
+    if isinstance(layer, StaticLayer):
+        places = past - count + torch.arange(count, device=ids.device)
+        ids = torch.where(places >= 0, ids.index_select(1, places.clamp(min=0)), -1)
+        # Where there is none yet, it is 0, as it should be.
+        packed = packed.index_select(1, torch.as_tensor(past - 1, device=ids.device).clamp(min=0).reshape(1))
+    else:
+        ids, packed = pad(ids[:, max(past - count, 0) :], (max(count - past, 0), 0), value=-1), packed[:, -1:]
+    return ids.to(device), packed.to(device)
+
+
 def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
     found = torch.zeros_like(ids, dtype=torch.bool)
     for token in tokens:
@@ -261,7 +275,7 @@ def _ids_of_embeddings(model: PreTrainedModel, embeddings: torch.Tensor, tokens:
 
 
 class _GrowingTurns(DynamicLayer, DummyLayer or object):
-    """Flags and ids of tokens in place of keys and values.
+    """The ids of tokens and what is packed of them in place of keys and values.
 
     A dummy to the cache, which therefore neither takes its attention mask from here nor counts on it when it offloads
     layers in turn.

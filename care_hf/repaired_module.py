@@ -37,8 +37,7 @@ class CareSiteMixin:
             return output
         h, state = output_tensor(output), self.care_state.now
         if self.care_gate is not None:
-            pictured = _known(state.pictured).to(h.device)
-            state.decide(self.care_gate(h.reshape(*pictured.shape, h.shape[-1]), pictured))
+            state.decide(self.care_gate, h.reshape(*_known(state.pictured).shape, h.shape[-1]))
         return output if self.care is None else replace_output(output, self._repair(h, state))
 
     def _repair(self, h: torch.Tensor, state: Forward) -> torch.Tensor:

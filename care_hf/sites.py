@@ -46,7 +46,7 @@ class Site:
             ValueError: the text is of another form.
         """
         layer, _, component = text.partition(".")
-        if not layer.isdigit():
+        if not (layer.isascii() and layer.isdigit()):
             raise ValueError(f"{text!r} is not a site; write a layer and a component, for example '16.ffn'.")
         return cls(int(layer), component)
 

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from . import subspace_files
 from .configuration_care import SCOPES
 from .gating import TURN, Gate
 from .linalg import RunningCovariance, generalized_eigh, oblique_pair, orthonormalize, shrink
 from .projection import FUSIONS, MODALITIES, Subspace
 from .sites import Site, hidden_size
-
-FORMAT = "care_hf.subspaces.v1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +107,24 @@ class SafetySubspaces:
         return replace(self, sites={site: {modality: by[modality]} for site, by in self.sites.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; tensors are named by site (``sites.16.ffn.visual.basis``), not by module."""
-        tensors, settings = self._content()
-        header = {"format": FORMAT, "settings": json.dumps(settings), "metadata": json.dumps(dict(self.metadata))}
-        save_file(tensors, path, metadata=header)
+        """Write a safetensors file; tensors are named by site (``sites.16.ffn.visual.basis``), not by module.
+
+        Raises:
+            OSError: it cannot be written; what was there stays.
+        """
+        subspace_files.write(path, *self.content(), self.metadata)
 
     @property
     def digest(self) -> str:
         """A hash of all that a repair does; equal ones have equal digests, whatever their metadata."""
-        tensors, settings = self._content()
+        tensors, settings = self.content()
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tuple(tensor.shape)}".encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
-    def _content(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors by name, and plain settings."""
+    def content(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """What a file of it holds: float32 and float64 tensors by name, and plain settings."""
         tensors = {}
         for site, by_modality in self.sites.items():
             for name, subspace in by_modality.items():
@@ -147,42 +146,13 @@ class SafetySubspaces:
 
     @classmethod
     def load(cls, path: str | Path) -> "SafetySubspaces":
-        """Read what `save` wrote.
+        """Read what `save` or `care_hf.save_adapter` wrote, in this or an older format.
 
         Raises:
-            ValueError: the file is not of this format, or a tensor is missing, unknown or broken.
+            FileNotFoundError, IsADirectoryError: there is no such file.
+            ValueError: the file is not of this format, is of a later one, or is not what was written, bit for bit.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}); copy or save it again.") from error
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{path} has the format {header.get('format')!r}; this version reads {FORMAT!r}.")
-        sites: dict[Site, dict[str, Subspace]] = {}
-        for key in [key for key in tensors if key.endswith(".basis")]:
-            prefix = key.removesuffix(".basis")
-            site, _, name = prefix.removeprefix("sites.").rpartition(".")
-            try:
-                parts = {leaf: tensors.pop(f"{prefix}.{leaf}") for leaf in ("basis", "mean", "beta")}
-            except KeyError as error:
-                raise ValueError(f"{path} lacks the tensor {error}; save it again.") from error
-            reader = tensors.pop(f"{prefix}.reader", None)
-            sites.setdefault(Site.parse(site), {})[name] = Subspace(
-                parts["basis"], parts["mean"], float(parts["beta"]), reader
-            )
-        settings, gate = json.loads(header["settings"]), None
-        described = settings.pop("gate", None)
-        if described:
-            if not {"gate.readers", "gate.thresholds"} <= set(tensors):
-                raise ValueError(f"{path} lacks the tensors of its gate; save it again.")
-            readers, limits = tensors.pop("gate.readers"), tensors.pop("gate.thresholds")
-            gate = Gate(described["prompt_end"], readers, limits, described["required"], described["pictured"])
-        if tensors:
-            raise ValueError(f"{path} holds tensors that belong to no subspace: {sorted(tensors)}; save it again.")
-        gate_site = Site.parse(described["site"]) if described else None
-        return cls(sites, **settings, metadata=json.loads(header["metadata"]), gate=gate, gate_site=gate_site)
+        return cls(**subspace_files.read(path)[0])
 
 
 def random_basis(dimension: int, rank: int, generator: torch.Generator) -> torch.Tensor:

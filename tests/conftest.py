@@ -1,4 +1,5 @@
 import copy
+import os
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 from care_hf.projection import Subspace
 from care_hf.testbed import World, load_testbed
 from care_hf.testbed.building import build_model, build_processor
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # there is a process for each core
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-SIGNS = {"passed": "yes", "skipped": "stock cannot", "failed": "**no**"}
+SIGNS = {"not applicable": "-", "passed": "yes", "skipped": "stock cannot", "failed": "**no**"}
 HEAD = """# What works on which family
 
 Written by `python -m pytest tests/test_families.py --support-matrix docs/support.md`, never by hand; transformers {},
 torch {}, on a CPU. Each family is a tiny random model of the real architecture, its vision tower deeper than its text
 tower. "yes": the tests passed for a repair by modality of FFNs and for the gated repair of whole layers.
-"stock cannot": nor can the unrepaired model, for the reason below.
+"stock cannot": nor can the unrepaired model, for the reason below. "-": there are no visual tokens in the sequence.
 """
 
 
@@ -40,8 +40,11 @@ class Matrix:
             return
         cell = item.callspec.params["family"].name, mark.args[0]
         self.cells[cell].add(report.outcome)
-        if report.skipped:
-            self.reasons[mark.args[0], report.longrepr[2].removeprefix("Skipped: ")].add(cell[0])
+        reason = report.longrepr[2].removeprefix("Skipped: ") if report.skipped else ""
+        if reason == "-":
+            self.cells[cell] = {"not applicable"}
+        elif reason:
+            self.reasons[mark.args[0], reason].add(cell[0])
 
     def pytest_sessionfinish(self):
         families, columns = (list(dict.fromkeys(names)) for names in zip(*self.cells, strict=True))
@@ -69,4 +72,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "supports(what): a cell of the support matrix, for the parameter `family`")
     if config.getoption("--support-matrix"):
+        if config.getoption("numprocesses", None):
+            raise pytest.UsageError("--support-matrix needs all tests in one process; add -n 0.")
         config.pluginmanager.register(Matrix(config.getoption("--support-matrix")))

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, CompileConfig, DynamicCache, Qwen2Config, StaticCache
 
 from care_hf import CareForConditionalGeneration, Recipe, SafetySubspaces, fit, repair_state
-from care_hf.gating import Gate
+from care_hf.gating import Gate, unpack
 from care_hf.projection import Subspace, repair
 from care_hf.samples import Sample, collate, generation_prompt
 from care_hf.sites import Site, record, site_module
@@ -368,7 +368,7 @@ def test_an_eight_bit_cache_keeps_exact_decisions(case):
 
 def decisions(cache):
     (layer,) = (layer for layer in cache.layers if getattr(layer, "holds_turns", False))
-    return layer.keys[:, 0, :, 0], layer.values[:, 0, :, 0].bool()
+    return layer.keys[:, 0, :, 0], unpack(layer.values[:, 0, :, 0])[1]
 
 
 @torch.no_grad()

@@ -237,10 +237,10 @@ def test_gradients_of_a_basis_are_those_of_finite_differences(llava, inputs):
     with torch.no_grad():
         direction, ends = torch.randn_like(basis), []
         for sign in (1, -1):
-            basis.add_(sign * 1e-2 * direction)
+            basis.add_(sign * 1e-3 * direction)
             ends.append(repaired(**inputs).logits.square().mean())
-            basis.sub_(sign * 1e-2 * direction)
-    expected = (ends[0] - ends[1]) / 2e-2
+            basis.sub_(sign * 1e-3 * direction)
+    expected = (ends[0] - ends[1]) / 2e-3
     torch.testing.assert_close((basis.grad.double() * direction).sum(), expected, rtol=1e-2, atol=1e-6)
 
 

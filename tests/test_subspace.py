@@ -12,7 +12,7 @@ from care_hf.linalg import RunningCovariance
 from care_hf.modeling_care import CareForConditionalGeneration
 from care_hf.projection import Subspace
 from care_hf.sites import Site
-from care_hf.subspace import FORMAT, SafetySubspaces, fit_subspace, fit_subspaces, random_like
+from care_hf.subspace import SafetySubspaces, fit_subspace, fit_subspaces, random_like
 
 D = 40
 
@@ -289,7 +289,7 @@ def test_files_from_before_there_were_gates_load(tmp_path):
     save_file(tensors, path, metadata=header)
     old = SafetySubspaces.load(path)
     assert_equal(old, example())
-    assert old.gate is None and old.gate_site is None and old.scope == "all" and header["format"] == FORMAT
+    assert old.gate is None and old.gate_site is None and old.scope == "all"
 
 
 @pytest.mark.parametrize(

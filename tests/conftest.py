@@ -3,6 +3,7 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from support_matrix import pytest_addoption, pytest_configure  # noqa: F401
 from tiny import qwen_config
 from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditionalGeneration
@@ -11,6 +12,9 @@ from care_hf.projection import Subspace
 from care_hf.testbed import World, load_testbed
 from care_hf.testbed.building import build_model, build_processor
 
+# How long an example takes is no matter of right and wrong.
+settings.register_profile("care", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("care")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # there is a process for each core
 

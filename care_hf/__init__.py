@@ -17,6 +17,7 @@ for _auto in AUTO_CLASSES:
 # Loaded on first use: `import care_hf` should cost no more than what loading a checkpoint needs.
 _LAZY = {
     "Budget": "budget",
+    "Card": "model_card",
     "Case": "suite",
     "Diagnosis": "diagnosis",
     "Recipe": "recipe",
@@ -31,6 +32,7 @@ _LAZY = {
     "name_places": "sites",
     "save_adapter": "checkpoint",
     "trace": "tracing",
+    "write_card": "model_card",
 }
 
 __all__ = ["CareConfig", "CareForConditionalGeneration", *sorted(_LAZY)]

@@ -200,9 +200,15 @@ def losses_and_penalties(
     """``-log p(target | prompt)`` (B,) with the images `image` (B, 3, H, W) in [0, 255], and the penalty (B,) or 0.
 
     Raises:
-        ValueError: the penalty has another shape.
+        ValueError: the penalty has another shape; or there should be a gradient, and the model has none.
     """
     loss = target_losses(model, processor, clean, image)
+    if image.requires_grad and torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            f"{type(model).__name__} has no gradient from what it says to its pixels, as where images become tokens of "
+            "a vocabulary (Chameleon), so its images cannot be attacked by gradient; leave out pictured cases and "
+            "sentences to force, or set `gradient_cases` and `universal_cases` of the budget to 0."
+        )
     extra = torch.zeros_like(loss) if penalty is None else penalty(clean.batch).to(loss.device)
     if extra.shape != loss.shape:
         raise ValueError(f"The penalty has the shape {tuple(extra.shape)}; it must be one value per sample, (B,).")

@@ -1,5 +1,6 @@
 """What a repaired checkpoint says of itself in config.json."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -149,6 +150,14 @@ class CareConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"active_adapters={unknown} are not among the adapters, {sorted(self.adapters)}.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without the folder that the base was loaded from: it names people and machines."""
+        return _without_folders(super().to_dict())
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As `to_dict`, without what is as in any configuration."""
+        return _without_folders(super().to_diff_dict())
+
     def get_text_config(self, decoder=None, encoder=None):
         """The base's text configuration."""
         return self.vlm_config.get_text_config(decoder=decoder, encoder=encoder)
@@ -164,6 +173,24 @@ class CareConfig(PreTrainedConfig):
         if name.startswith("_") or vlm_config is None:
             raise AttributeError(f"'{type(self).__name__}' object has no attribute {name!r}")
         return getattr(vlm_config, name)
+
+
+def hub_name(config: PreTrainedConfig) -> str | None:
+    """The Hub id that a model was loaded by; None if it was loaded from a folder or made here."""
+    name = getattr(config, "_name_or_path", None) or ""
+    return None if not name or _is_folder(name) else name
+
+
+def _is_folder(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or "\\" in name or name.count("/") > 1 or Path(name).exists()
+
+
+def _without_folders(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_folders(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key != "_name_or_path" or not _is_folder(str(value))
+    }
 
 
 def _of_each_part(config: PreTrainedConfig, name: str) -> dict[str, Any]:

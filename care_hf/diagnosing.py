@@ -60,7 +60,7 @@ def diagnose(
         processor: the model's; by default loaded from where the model came from.
         judge: of the answers; by default keywords.
         components: of "layer", "ffn" and "attention".
-        layers: from 0; all, if None.
+        layers: from 0; if None all, each with the components that it has.
         modes: of blocking, see `tracing.trace`.
         max_pairs: of a refused and a jailbroken prompt, for patching.
         top_neurons: FFN units that are really ablated, and as many at random.

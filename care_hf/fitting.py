@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from .gating import Gate
 from .judges import is_refusal
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
+from .provenance import origin
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, generation_prompt, load_samples
 from .site_check import check_contributions
@@ -51,14 +52,16 @@ class Statistics:
         moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of
             prompts.
         prompts: number of prompts per class.
+        origin: of model and prompts, see `provenance.origin`.
     """
 
     moments: dict[Site, dict[str, dict[str, RunningCovariance]]]
     prompts: dict[str, int]
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def at(self, sites: Iterable[Site]) -> "Statistics":
         """Only some of the sites; one collection over many serves recipes that differ in their layers."""
-        return Statistics({site: self.moments[site] for site in sites}, self.prompts)
+        return Statistics({site: self.moments[site] for site in sites}, self.prompts, self.origin)
 
     def solve(self, recipe: Recipe) -> SafetySubspaces:
         """Solve for the subspaces; cheap, so that one collection serves many ranks, centrings and fusions.
@@ -76,7 +79,11 @@ class Statistics:
             fusion=recipe.fusion,
             fusion_weight=recipe.fusion_weight,
             strength=recipe.strength,
-            metadata={"recipe": json.dumps(recipe.to_dict()), "prompts": json.dumps(self.prompts)},
+            metadata={
+                "recipe": json.dumps(recipe.to_dict()),
+                "prompts": json.dumps(self.prompts),
+                **self.origin,
+            },
         )
 
 
@@ -258,7 +265,8 @@ def collect(
         # Also after Ctrl+C or a failing prompt: what was collected is not lost, unless it stopped within an update.
         if checkpoint and collector.whole:
             collector.save(checkpoint, fingerprint, done)
-    return Statistics(collector.moments, {name: len(items) for name, items in samples.items()})
+    counts = {name: len(items) for name, items in samples.items()}
+    return Statistics(collector.moments, counts, origin(model, samples))
 
 
 class _Collector:

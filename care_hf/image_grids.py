@@ -33,13 +33,14 @@ def image_grids(
     config: Any,
     image_processor: Any,
     grids: Sequence[tuple[int, int]] | None = None,
+    each: Sequence[int] | None = None,
 ) -> list[ImageGrid]:
     """Part the image tokens of one prompt among its images.
 
-    Where the inputs have `image_grid_thw` (Qwen), it tells all. Else each run of image tokens is an image, or, if there
-    are not as many runs as images, all images have equally many. An image that enters the model as one picture in one
-    run whose length is a square number is taken to be a square of tokens; any other layout (tiles, row breaks) is not
-    guessed.
+    Where the inputs have `image_grid_thw` (Qwen), it tells all. Else `each` does, if those are all. Else each run of
+    image tokens is an image, or, if there are not as many runs as images and no `each`, all have equally many. An image
+    that enters the model as one picture in one run whose length is a square number is taken to be a square of tokens;
+    any other layout (tiles, row breaks) is not guessed.
 
     Args:
         images: of the prompt, in order.
@@ -49,6 +50,7 @@ def image_grids(
         config: the model's configuration.
         image_processor: the processor's.
         grids: (rows, columns) of tokens of each image, if the caller knows better.
+        each: how many tokens each image has, where it is known.
 
     Raises:
         ValueError: `grids` are not as many as the images, or do not have as many tokens.
@@ -57,7 +59,9 @@ def image_grids(
     counts, shapes = _from_sizes(inputs, len(positions), len(images), config)
     pictures = _single_pictures(inputs, len(images))
     if counts is None:
-        counts, shapes = _from_runs(positions, len(images)), [None] * len(images)
+        fits = each is not None and sum(each) == len(positions)
+        counts = list(each) if fits else _from_runs(positions, len(images), equally=each is None)
+        shapes = [None] * len(images)
         if counts is not None and pictures is not None:
             shapes = [_square(own) for own in positions.split(counts)]
     if grids is not None:
@@ -84,15 +88,15 @@ def _from_sizes(inputs, total: int, images: int, config) -> tuple[list[int] | No
     return counts, [(rows, columns) if frames == 1 else None for frames, rows, columns in merged]
 
 
-def _from_runs(positions: torch.Tensor, images: int) -> list[int] | None:
-    """Tokens of each image by where image tokens follow one another."""
+def _from_runs(positions: torch.Tensor, images: int, equally: bool) -> list[int] | None:
+    """Tokens of each image by where image tokens follow one another; `equally` many where that does not tell."""
     total = len(positions)
     if not total:
         return [0] * images
     ends = [*((positions.diff() > 1).nonzero()[:, 0] + 1).tolist(), total]
     if len(ends) == images:
         return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    if not images or total % images:
+    if not equally or not images or total % images:
         return None
     share = total // images
     cuts = set(range(share, total + 1, share))

@@ -159,7 +159,7 @@ def mediate(
         refused: prompts that the model refuses, in any form that `load_samples` takes, or cases.
         jailbroken: for each of them one that it complies with, best about the same request.
         components: of "layer" (the residual stream after it), "ffn" and "attention".
-        layers: from 0; all, if None.
+        layers: from 0; if None all, each with the components that it has.
         max_new_tokens: of the model's own answers, which are the forced texts.
         batch_size: pairs per forward; each is in it four times.
         out: a folder that keeps what is finished; another call goes on from there.

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .interventions import entered_at, layer_calls, rewritten
 from .samples import IGNORED, Sample, answered
-from .sites import Site, image_token_ids, record
+from .sites import Site, record, visual_token_ids
 
 logger = logging.get_logger(__name__)
 GROUPS = ("image", "prompt", "last", "generated")
@@ -37,7 +37,7 @@ class PairRuns:
         inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2, end=False)
         self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
         self.labels = labels.to(model.device)
-        self.groups = token_groups(self.inputs, self.labels, image_token_ids(model.config))
+        self.groups = token_groups(self.inputs, self.labels, visual_token_ids(model.config))
         self._recorded: dict[Site, torch.Tensor] | None = None
         self._entered: int | None = None  # the layer that `_skips` is about: whether forwards may begin there
         self._skips = False

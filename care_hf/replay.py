@@ -78,7 +78,7 @@ class Replay:
         """Whether prompts with their undisturbed answers, read at once as under blocks, lead to these same answers."""
         with self._replayed(Site(0, "ffn")) as cache:
             logits = self._read(cache)
-        allowed = TOLERANCE * logits.float().std(dim=-1)
+        allowed = TOLERANCE * _spread(logits)
         best, said = logits.max(dim=-1).values, logits.gather(-1, self.answers[..., None])[..., 0]
         same = (best - said <= allowed) | ~self._said()
         off = (logits[:, 0] - self.first).float().square().mean(dim=-1).sqrt()
@@ -231,6 +231,14 @@ class Replay:
             return replace_output(found, nn.functional.pad(output_tensor(found), (0, 0, before, 0)))
 
         return forward
+
+
+def _spread(logits: torch.Tensor) -> torch.Tensor:
+    """Standard deviation over tokens that can be said at all, float32 (...); Chameleon says no pieces of images."""
+    wide, said = logits.float(), logits > torch.finfo(logits.dtype).min
+    count = said.sum(dim=-1)
+    mean = wide.masked_fill(~said, 0).sum(dim=-1) / count
+    return ((wide - mean[..., None]).masked_fill(~said, 0).square().sum(dim=-1) / (count - 1).clamp_min(1)).sqrt()
 
 
 def _of_rows(blocker: Blocker, rows: slice) -> Callable:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import InstructBlipProcessor, PaliGemmaProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .processor_quirks import IGNORED, apply_evenly, check_images, mark_answers, prompt_with_what_is_needed
+
 TEXT_COLUMNS = ("text", "prompt", "question", "query")
-PICTURE_READERS = (PaliGemmaProcessor, InstructBlipProcessor)  # take no prompts without an image
-IGNORED = -100  # the label that transformers' losses leave out
 ACCEPTED = (
     "a datasets.Dataset, a list of chat conversations in transformers' multimodal format, or a list of dicts with "
     "'text' and perhaps 'image' (PIL image, path or array)"
@@ -231,9 +231,15 @@ def collate(processor, samples: Sequence[Sample], image_tokens: Sequence[int], p
     inputs = chat(processor, [sample.messages for sample in samples], padding_side, add_generation_prompt=True)
     ids = inputs["input_ids"]
     visual = torch.isin(ids, torch.tensor(list(image_tokens), dtype=ids.dtype))
-    control = torch.tensor(sorted(tokenizer_of(processor).all_special_ids), dtype=ids.dtype)
+    control = torch.tensor(sorted(_control_tokens(tokenizer_of(processor))), dtype=ids.dtype)
     text = inputs["attention_mask"].bool() & ~visual & ~torch.isin(ids, control)
     return Batch(inputs, visual, text)
+
+
+def _control_tokens(tokenizer) -> set[int]:
+    """Those that have a name or a list that says so, and those that were added as such: Llama 3's headers, say."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def tokenizer_of(processor):
@@ -245,7 +251,8 @@ def chat(processor, conversations: Sequence[Sequence[dict]], padding_side: str, 
     """Conversations in transformers' multimodal format as padded model inputs; `options` go to the chat template.
 
     Raises:
-        ValueError: the processor has no chat template, or a prompt has an image and the processor is a tokenizer.
+        ValueError: the processor has no chat template, a prompt has an image and the processor is a tokenizer, or the
+            family does not take so many images as the prompts have.
     """
     if getattr(processor, "chat_template", None) is None:
         raise ValueError(
@@ -258,7 +265,8 @@ def chat(processor, conversations: Sequence[Sequence[dict]], padding_side: str, 
         conversations = [[_as_plain_text(message) for message in messages] for messages in conversations]
     else:
         options["processor_kwargs"] = {"padding": True, "padding_side": padding_side}
-    inputs = processor.apply_chat_template(list(conversations), **options)
+        check_images(processor, conversations)
+    inputs = apply_evenly(processor, conversations, lambda those: processor.apply_chat_template(list(those), **options))
     # PaliGemma's processor gives some whether asked or not.
     return {name: value for name, value in inputs.items() if name != "labels"}
 
@@ -277,10 +285,7 @@ def generation_prompt(processor) -> tuple[int, ...]:
     Raises:
         ValueError: there is no chat template, or it adds nothing to a prompt.
     """
-    content = [{"type": "text", "text": "?"}]
-    if isinstance(processor, PICTURE_READERS):
-        content.insert(0, {"type": "image", "image": Image.new("RGB", (64, 64))})
-    messages = [[{"role": "user", "content": content}]]
+    messages = [prompt_with_what_is_needed(processor)]
     without, whole = (
         chat(processor, messages, "left", add_generation_prompt=add)["input_ids"][0].tolist() for add in (False, True)
     )
@@ -332,12 +337,6 @@ def _longer(inputs: dict[str, torch.Tensor], count: int) -> dict[str, torch.Tens
         name: F.pad(value, (*none * (value.dim() - 2), 0, count)) if value.shape[:2] == shape else value
         for name, value in inputs.items()
     }
-
-
-def mark_answers(processor, inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
-    """Have answers, where `labels` are not `IGNORED`, read from left to right; PaliGemma reads prompts both ways."""
-    if isinstance(processor, PaliGemmaProcessor):
-        inputs["token_type_ids"] = torch.where(labels != IGNORED, 1, inputs["token_type_ids"])
 
 
 def batches(samples: Sequence[Sample], batch_size: int) -> Iterator[Sequence[Sample]]:

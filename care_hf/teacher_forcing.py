@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .samples import IGNORED, Batch, Sample, chat, collate, load_image, mark_answers
+from .processor_quirks import IGNORED, mark_answers
+from .samples import Batch, Sample, chat, collate, load_image
 from .sites import image_token_ids
 
 TOLERANCE = 1e-4  # of pixel values, whose grey levels lie about 0.01 apart

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
 from .adapters import unwrapped
@@ -14,7 +15,7 @@ from .attribution_figures import ROUNDING, tokens_html
 from .image_grids import ImageGrid, image_grids
 from .interventions import evaluating
 from .samples import IGNORED, Batch, Sample, answered, collate, load_samples, tokenizer_of
-from .sites import Site, decoder_layers, image_token_ids, record, site_module
+from .sites import Site, decoder_layers, record, site_module, visual_token_ids
 from .token_ablation import ablated_log_probabilities
 
 METHODS = ("ablation", "kernel")
@@ -75,6 +76,11 @@ class TokenAttribution:
                 "from 0, while `scores` holds all tokens."
             )
         found = self.images[image]
+        if not self.visual.any():
+            raise ValueError(
+                f"Image {image} has no tokens in the prompt: the model reads its images by cross-attention, so there "
+                "is no heat to map; `scores` are of the text."
+            )
         if found.grid is None:
             raise ValueError(
                 f"How the {len(found.indices) or 'unknown number of'} tokens of image {image} lie on it cannot be "
@@ -171,12 +177,12 @@ def attribute(
     model = unwrapped(model)
     place = _site(model, site, method)
     sample = load_samples([prompt], "prompt")[0]
-    batch = collate(processor, [sample], image_token_ids(model.config))
+    batch = collate(processor, [sample], visual_token_ids(model.config))
     positions = (batch.visual | batch.text)[0].nonzero()[:, 0]
     visual = batch.visual[0, positions]
-    images = image_grids(
-        sample.images, batch.inputs, batch.visual[0], positions, model.config, processor.image_processor, grids
-    )
+    does = getattr(processor, "image_processor", None)  # a tokenizer, of a model of text, has none
+    each = _tokens_of_each(model, processor, sample.images)
+    images = image_grids(sample.images, batch.inputs, batch.visual[0], positions, model.config, does, grids, each)
     with evaluating(model):
         if method == "kernel":
             scores, log_p = _kernel_scores(model, batch, positions, place), None
@@ -213,6 +219,19 @@ def _site(model: nn.Module, site: Site | str | None, method: str) -> Site | None
     site = Site.parse(site) if isinstance(site, str) else site
     site_module(model, site)  # raises where there is none
     return site
+
+
+def _tokens_of_each(model, processor, images: Sequence[Image.Image]) -> list[int] | None:
+    """How many tokens each of several images has: it may be cut into another number of tiles than the others.
+
+    Counted in prompts of as many images, each the same one, since a processor may cut an image up only if it is alone.
+    """
+    if len(images) < 2:
+        return None
+    contents = [[*[{"type": "image", "image": image}] * len(images), {"type": "text", "text": "?"}] for image in images]
+    prompts = [Sample([{"role": "user", "content": content}]) for content in contents]
+    tokens = visual_token_ids(model.config)
+    return [int(collate(processor, [prompt], tokens).visual.sum()) // len(images) for prompt in prompts]
 
 
 def _answer(model, processor, sample: Sample, answer: str | None, max_new_tokens: int) -> str:

@@ -32,19 +32,38 @@ Block = tuple[str, Site] | None  # a mode and a site; None is the unblocked mode
 
 
 def find_sites(model: nn.Module, components: Sequence[str], layers: Sequence[int] | None = None) -> list[Site]:
-    """The sites of `components` ("layer", "ffn", "attention") in `layers` (all, if None), by layer.
+    """The sites of `components` ("layer", "ffn", "attention") in `layers`, by layer.
+
+    Args:
+        model: whose decoder has the layers.
+        components: at least one.
+        layers: from 0; if None all, of which those are left out, with a warning, that do not have a component, such as
+            gated cross-attention.
 
     Raises:
-        ValueError: an unknown component or a layer that is not there, or a component that some layer does not have.
+        ValueError: an unknown component or a layer that is not there, or a component that a layer that was named, or
+            every layer, does not have.
     """
     known = {LAYER: "residual", "ffn": "ffn", "attention": "attention"}
     unknown = [name for name in components if name not in known]
     if unknown or not components:
         raise ValueError(f"components={tuple(components)} must be some of {tuple(known)}.")
-    layers = range(len(decoder_layers(model))) if layers is None else sorted(set(layers))
-    sites = [Site(layer, known[name]) for layer in layers for name in components]
-    for site in sites:
-        site_module(model, site)
+    named = range(len(decoder_layers(model))) if layers is None else sorted(set(layers))
+    sites, missing = [], {}
+    for site in (Site(layer, known[name]) for layer in named for name in components):
+        try:
+            site_module(model, site)
+            sites.append(site)
+        except ValueError as error:
+            missing[site] = ValueError(
+                f"{error} (Here that is called {LAYER!r}.)" if "'residual'" in str(error) else error
+            )
+    for name in components:
+        lacking = [site for site in missing if site.component == known[name]]
+        if lacking and (layers is not None or len(lacking) == len(named)):
+            raise missing[lacking[0]]
+    if missing:
+        logger.warning(f"{', '.join(map(str, missing))} are left out. {next(iter(missing.values()))}")
     return sites
 
 
@@ -92,7 +111,7 @@ def trace(
         benign: prompts that should be answered.
         judge: of the answers; by default keywords, to which every benign answer that is no refusal is right.
         components: of "layer" (all that it adds), "ffn" and "attention".
-        layers: from 0; all, if None.
+        layers: from 0; if None all, each with the components that it has.
         modes: of blocking.
         contrast: first tokens of refusals and of compliance; by default those of the model's own answers.
         max_new_tokens: of every answer, at least 1.
@@ -128,6 +147,7 @@ class _Tracer:
         self.cases = [*malicious, *benign]
         self.tokens, self.batch_size, self.seed, self.reuse = 32, 16, 0, True
         self.sites: Sequence[Site] = ()
+        self._checked: set[frozenset[str]] = set()  # names of inputs with which replays have been checked
         self._contributions: Contributions | None = None
         self.contrast: Contrast | None = None
         self._of_model, self._of_benign = answers_fingerprint(model, processor), prompts_fingerprint(benign)
@@ -233,13 +253,14 @@ class _Tracer:
         """The undisturbed run to share; None where the plain way has to do.
 
         The first one is held against the plain way, without a block and under one, and its answers are read at once,
-        since models may do what no check foresees.
+        since models may do what no check foresees; so is the first one with images if there were none, which a model
+        may hand on to layers in other ways than in the stream.
         """
         try:
             replay = Replay(self.model, inputs, which, self.tokens)
         except NotReplayable as reason:
             return self._give_up(str(reason))
-        if self._checked:
+        if frozenset(inputs) in self._checked:
             return replay
         if not replay.agrees():
             return self._give_up("it reads its answers otherwise at once than one token at a time.")
@@ -248,10 +269,8 @@ class _Tracer:
             expected = generate_blocked(self.model, inputs, blocker, which, self.tokens)[0]
             if self._decoded(answers) != self._decoded(expected):
                 return self._give_up("its answers came out otherwise.")
-        self._checked = True
+        self._checked.add(frozenset(inputs))
         return replay
-
-    _checked = False
 
     def _give_up(self, reason: str) -> None:
         logger.warning(f"{type(self.model).__name__} is traced one block at a time: {reason}")

@@ -30,6 +30,7 @@ def solve_turns(turns: Turns, recipe: Recipe) -> SafetySubspaces:
         "recipe": json.dumps(recipe.to_dict()),
         "prompts": json.dumps({**counts, "refused": int(turns.refused.sum())}),
         "calibration": json.dumps(notes),
+        **turns.origin,
     }
     return SafetySubspaces(
         sites, "route", strength=recipe.strength, metadata=metadata, gate=gate, gate_site=turns.gate_site

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from transformers.utils import logging
 from . import resume as resuming
 from .answers import generate_answers
 from .detectors import Cell, Prompts
+from .provenance import origin
 from .recipe import Recipe
 from .samples import IGNORED, Sample, Samples, answered, collate, generation_prompt
 from .site_check import check_contributions
@@ -34,6 +35,7 @@ class Turns:
         gate: (n, d), the last token of the prompt there.
         repaired: per repaired site (n, 1 + T, d), the last token of the prompt and the first T tokens of a refusal: the
             model's own, or, where it does not refuse, one that it gave elsewhere; NaN where the refusal is shorter.
+        origin: of model and prompts, see `provenance.origin`.
     """
 
     cells: list[Cell]
@@ -43,6 +45,7 @@ class Turns:
     gate_site: Site
     gate: torch.Tensor
     repaired: Mapping[Site, torch.Tensor]
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def prompts(self) -> Prompts:
@@ -115,7 +118,8 @@ def record_turns(
         model.train(was_training)
         if resume:
             recorder.save(resume, of)
-    return recorder.turns(samples, refused)
+    asked_by = f"{getattr(judge, '__module__', '')}.{getattr(judge, '__qualname__', type(judge).__qualname__)}"
+    return replace(recorder.turns(samples, refused), origin=origin(model, samples, judge=asked_by))
 
 
 def judge_answers(answers: Sequence[str], judge: Callable[[str], bool], known_refused: int) -> list[bool]:

@@ -1,23 +1,62 @@
 """A hub on loopback, real HTTP: what `huggingface_hub` asks of one to push a model repo and to load it again."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import threading
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+import yaml
+
+TOKEN = "hf_test"
+RELATIONS = {"finetune", "adapter", "quantized", "merge"}  # that the Hub knows between a model and its base
+NAME = r"[\w.-]+/[\w.-]+"
+
+
+@dataclass
+class Repo:
+    """Every commit keeps all of its files; branches point at commits."""
+
+    private: bool = False
+    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.commit("main", {})
+
+    def commit(self, branch: str, files: dict[str, bytes]) -> str:
+        content = sorted((path, _digest(data)) for path, data in files.items())
+        sha = hashlib.sha1(repr([len(self.commits), content]).encode()).hexdigest()
+        self.commits[sha], self.branches[branch] = files, sha
+        return sha
+
+    def resolve(self, revision: str) -> str | None:
+        revision = self.branches.get(revision, revision)
+        return revision if revision in self.commits else None
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.commits[self.branches["main"]]
 
 
 class Hub(ThreadingHTTPServer):
-    """Holds the files of every pushed repo: ``files[repo][path]`` are bytes."""
+    """Repos by name. Who writes, or reads a private one, needs `TOKEN`; all requests are kept."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files: dict[str, dict[str, bytes]] = {}
+        self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.requests: list[str] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def files(self) -> dict[str, dict[str, bytes]]:
+        """``files[repo][path]`` of every main branch."""
+        return {name: repo.files for name, repo in self.repos.items()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -47,36 +86,69 @@ class _Handler(BaseHTTPRequestHandler):
             return data
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
+    @property
+    def trusted(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def readable(self, name: str, revision: str = "main") -> tuple[Repo, str] | None:
+        """The repo and its commit; answers as the Hub does if there is none, or none for whoever asks."""
+        repo = self.server.repos.get(name)
+        if repo is None or (repo.private and not self.trusted):
+            self.reply({"error": "Repository not found"}, 404 if self.trusted else 401, X_Error_Code="RepoNotFound")
+        elif (sha := repo.resolve(revision)) is None:
+            self.reply({"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound")
+        else:
+            return repo, sha
+        return None
+
     def do_POST(self):
-        path, body = urlsplit(self.path).path, self.body()
-        if path == "/api/repos/create":
-            named = json.loads(body)
-            repo = "/".join(part for part in (named.get("organization"), named["name"]) if part)
-            self.server.files.setdefault(repo, {})
-            self.reply({"url": f"{self.server.url}/{repo}", "name": repo, "id": repo})
-        elif path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
+        path, body = unquote(urlsplit(self.path).path), self.body()
+        self.server.requests.append(f"POST {path}")
+        if path == "/api/validate-yaml":
+            errors = _card_errors(json.loads(body)["content"])
+            told = [{"message": error} for error in errors]
+            self.reply({"errors": told, "warnings": []}, 400 if errors else 200)
+        elif not self.trusted:
+            self.reply({"error": "Invalid username or password."}, 401)
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
         elif path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             upload = [{**o, "actions": {"upload": {"href": f"{self.server.url}/lfs/{o['oid']}"}}} for o in objects]
             self.reply({"transfer": "basic", "objects": upload})
-        elif match := re.fullmatch(r"/api/models/(.+)/preupload/.+", path):
+        elif match := re.fullmatch(rf"/api/models/({NAME})/preupload/(.+)", path):
             files = json.loads(body)["files"]
             modes = [{**f, "uploadMode": _mode(f["path"]), "shouldIgnore": False} for f in files]
             self.reply({"files": modes})
-        elif match := re.fullmatch(r"/api/models/(.+)/commit/.+", path):
-            self.commit(match[1], [json.loads(line) for line in body.splitlines()])
+        elif match := re.fullmatch(rf"/api/models/({NAME})/branch/(.+)", path):
+            repo, known = self.server.repos[match[1]], match[2] in self.server.repos[match[1]].branches
+            repo.branches.setdefault(match[2], repo.branches["main"])
+            self.reply({}, 409 if known else 200)
+        elif match := re.fullmatch(rf"/api/models/({NAME})/commit/(.+)", path):
+            self.commit(match[1], match[2], [json.loads(line) for line in body.splitlines()])
         else:
             self.reply({"error": f"POST {path}"}, 404)
 
-    def commit(self, repo: str, lines: list[dict]):
+    def create(self, named: dict):
+        name = "/".join(part for part in (named.get("organization") or "tester", named["name"]))
+        known = name in self.server.repos
+        if not known:
+            self.server.repos[name] = Repo(named.get("visibility") == "private" or bool(named.get("private")))
+        self.reply({"url": f"{self.server.url}/{name}", "name": name, "id": name}, 409 if known else 200)
+
+    def commit(self, name: str, branch: str, lines: list[dict]):
+        repo = self.server.repos[name]
+        files = dict(repo.commits[repo.branches[branch]])
         for line in lines:
             value = line["value"]
             if line["key"] == "file":
-                self.server.files[repo][value["path"]] = base64.b64decode(value["content"])
+                files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                self.server.files[repo][value["path"]] = self.server.blobs[value["oid"]]
-        self.reply({"commitUrl": f"{self.server.url}/{repo}/commit/{COMMIT}", "commitOid": COMMIT})
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        sha = repo.commit(branch, files)
+        self.reply({"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha})
 
     def do_PUT(self):
         data = self.body()
@@ -85,35 +157,86 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
+        self.server.requests.append(f"{self.command} {path}")
         if path == "/api/whoami-v2":
             self.reply({"name": "tester", "type": "user", "orgs": []})
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
-            self.resolve(match[1], match[2])
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/[^/]+(/.*)?", path):
-            files = self.server.files.get(match[1])
-            if files is None or match[2]:
-                self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
-            else:
-                self.reply([{"type": "file", "path": p, "size": len(d), "oid": _digest(d)} for p, d in files.items()])
-        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/.+)?", path):
-            siblings = [{"rfilename": name} for name in self.server.files.get(match[1], {})]
-            self.reply({"id": match[1], "sha": COMMIT, "siblings": siblings, "private": False})
+        elif match := re.fullmatch(rf"/({NAME})/resolve/([^/]+)/(.+)", path):
+            self.resolve(*match.groups())
+        elif match := re.fullmatch(rf"/api/models/({NAME})/tree/([^/]+)(/.*)?", path):
+            self.tree(match[1], match[2], (match[3] or "").strip("/"))
+        elif match := re.fullmatch(rf"/api/models/({NAME})(?:/revision/(.+))?", path):
+            if found := self.readable(match[1], match[2] or "main"):
+                siblings = [{"rfilename": name} for name in found[0].commits[found[1]]]
+                self.reply({"id": match[1], "sha": found[1], "siblings": siblings, "private": found[0].private})
         else:
             self.reply({"error": f"GET {path}"}, 404)
 
     do_HEAD = do_GET
 
-    def resolve(self, repo: str, name: str):
-        data = self.server.files.get(repo, {}).get(name)
-        if data is None:
-            self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
-        else:
-            self.reply(data, ETag=f'"{_digest(data)}"', X_Repo_Commit=COMMIT)
+    def tree(self, name: str, revision: str, folder: str):
+        if found := self.readable(name, revision):
+            files = found[0].commits[found[1]]
+            inside = {p: d for p, d in files.items() if not folder or p.startswith(f"{folder}/")}
+            if folder and not inside:
+                self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound")
+            else:
+                self.reply([{"type": "file", "path": p, "size": len(d), "oid": _digest(d)} for p, d in inside.items()])
+
+    def resolve(self, name: str, revision: str, file: str):
+        if found := self.readable(name, revision):
+            data = found[0].commits[found[1]].get(file)
+            if data is None:
+                self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found[1])
+            else:
+                self.reply(data, ETag=f'"{_digest(data)}"', X_Repo_Commit=found[1])
+
+
+def _card_errors(content: str) -> list[str]:
+    """What the Hub would find wrong with a card's metadata: a part of its rules, by its documentation."""
+    match = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
+    try:
+        data = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError as error:
+        return [str(error)]
+    if not isinstance(data, dict):
+        return ["no metadata"]
+    errors = []
+    strings = {name: data[name] for name in ("tags", "datasets") if name in data}
+    errors += [f"{n} must be strings" for n, v in strings.items() if not all(isinstance(one, str) for one in v)]
+    if not re.fullmatch(NAME, data.get("base_model", "a/b")):
+        errors.append("base_model must be the id of a model")
+    if data.get("base_model_relation", "finetune") not in RELATIONS:
+        errors.append(f"base_model_relation must be one of {RELATIONS}")
+    if not re.fullmatch(r"[a-z0-9.-]+", data.get("license", "mit")):
+        errors.append("license must be an id")
+    for entry in data.get("model-index", []):
+        if not isinstance(entry.get("name"), str) or not entry.get("results"):
+            errors.append("model-index needs a name and results")
+        for result in entry.get("results", []):
+            told = [result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name")]
+            told += [metric.get(key) for metric in result["metrics"] for key in ("type", "value")]
+            if any(one is None for one in told):
+                errors.append("a result needs a task's type, a data set's type and name, a metric's type and value")
+    return errors
 
 
 def _mode(path: str) -> str:
-    return "lfs" if path.endswith(".safetensors") else "regular"
+    return "lfs" if path.endswith((".safetensors", ".png")) else "regular"
 
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+@contextlib.contextmanager
+def serving():
+    """A hub that runs meanwhile."""
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

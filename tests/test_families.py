@@ -6,23 +6,35 @@ What stock transformers cannot do with a family is tried on the unrepaired model
 import copy
 import functools
 import itertools
+import math
 import pickle
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, collated, prompts
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, TorchAoConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 import care_hf
-from care_hf import CareForConditionalGeneration
+from care_hf import CareForConditionalGeneration, tracing
+from care_hf.attacks import pgd
+from care_hf.budget import Budget
+from care_hf.contrasts import Contrast
+from care_hf.interventions import layer_calls
+from care_hf.mediation import mediate
+from care_hf.neurons import down_projection, rank_neurons
 from care_hf.projection import repair
 from care_hf.recipe import Recipe
-from care_hf.samples import Sample
+from care_hf.replay import Replay
+from care_hf.samples import Sample, answered, collate, load_samples, tokenizer_of
+from care_hf.separability import measure_separability, read_activations
 from care_hf.site_check import check_contributions
-from care_hf.sites import Site, decoder_layers, record, visual_token_ids
+from care_hf.sites import Site, decoder_layers, record, site_module, visual_token_ids
+from care_hf.suite import Case, Suite
 
 NEW = 6
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
@@ -475,6 +487,367 @@ def test_it_is_loaded_in_eight_bits(family, kind, tmp_path, stock):
     else:
         assert (after[sites[0]] != before[sites[0]]).any()
     assert torch.equal(decoded(loaded, inputs, {"use_cache": False}), decoded(loaded, inputs, {}))
+
+
+# Diagnosis, held against runs of one prompt at a time
+
+# Families in which a block cannot share the undisturbed run, and why: Qwen3-VL's images enter layers 0 and 1, too.
+ONE_BLOCK_AT_A_TIME = {
+    **dict.fromkeys(("mistral3", "aya_vision", "llama4"), "DynamicCache of other layers"),
+    **dict.fromkeys(("paligemma", "paligemma2", "gemma3"), "by token_type_ids"),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "reads its answers otherwise at once"),
+    "mllama": "it caches",
+    "instructblip": "NoneType",
+}
+EXPERTS = {"qwen3_vl_moe": (0, 1, 2, 3), "llama4": (1, 3)}
+CONTRAST = Contrast((20, 21), (22,))
+RUNS = {"rtol": 1e-3, "atol": 1e-3}
+
+
+class ParityJudge:
+    """Half of all answers refuse."""
+
+    name, settings = "parity", {}
+
+    def verdicts(self, cases, answers):
+        return [("refused", "complied")[sum(map(ord, answer)) % 2] for answer in answers]
+
+
+@functools.cache
+def speaking(family):
+    """The model without a list of suppressed tokens, which says words alone all the same; and its processor."""
+    model = family.build()
+    processor = family.processor(model.config)
+    head, tokenizer = model.get_output_embeddings().weight, tokenizer_of(processor)
+    words = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    silent = [token for token in range(len(head)) if token not in words]
+    model.generation_config.suppress_tokens = None
+    with torch.no_grad():
+        head[silent] = 0
+    return model, processor
+
+
+def as_case(text, images=()):
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    return Case([{"role": "user", "content": content}])
+
+
+def cases_of(family, seed):
+    """The family's prompts; each seed has texts of its own, and images."""
+    samples = prompts(family, seed)
+    return [as_case(s.messages[0]["content"][-1]["text"] + " now" * seed, s.images) for s in samples]
+
+
+def alone(processor, case):
+    return collate(processor, [Sample(case.messages)], ()).inputs
+
+
+@torch.no_grad()
+def generated(model, processor, case, tokens=3, forced=()):
+    """New ids and their logits, float32 (tokens, vocabulary), by `generate`, which says `forced` if that is given."""
+
+    def force(ids, scores):
+        given = forced[ids.shape[1] - length] if forced else scores.argmax(dim=-1)
+        return torch.full_like(scores, -1e9).index_fill(1, torch.as_tensor([given]).flatten(), 0)
+
+    inputs = alone(processor, case)
+    length, count = inputs["input_ids"].shape[1], len(forced) or tokens
+    options = {"max_new_tokens": count, "min_new_tokens": len(forced), "do_sample": False, "logits_processor": [force]}
+    found = model.generate(**inputs, **options, output_logits=True, return_dict_in_generate=True)
+    return found.sequences[0, length:].tolist(), torch.cat(found.logits).float()
+
+
+def forced_log_probability(model, processor, case, text):
+    """By `generate`, which reads prompts and answers as the model's authors meant them to be read."""
+    ids = tokenizer_of(processor)(text, add_special_tokens=False)["input_ids"]
+    said, logits = generated(model, processor, case, forced=ids)
+    assert said == ids
+    return sum(row.log_softmax(dim=-1)[i].item() for row, i in zip(logits, ids, strict=True))
+
+
+@contextmanager
+def silenced(model, site):
+    """The site adds nothing, whichever shape it has."""
+    layer, kept = decoder_layers(model)[site.layer], []
+
+    def enter(module, args, kwargs):
+        kept[:] = [args[0] if args else kwargs["hidden_states"]]
+
+    def leave(module, args, output):
+        new = kept[0] if module is layer else torch.zeros_like(output[0] if isinstance(output, tuple) else output)
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True)]
+    handles.append(site_module(model, site).register_forward_hook(leave))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.supports("diagnosis")
+@families
+def test_a_trace_is_what_generate_does_under_each_block(family, monkeypatch):
+    """Prompts without images come first, if the family takes any: what is checked of them is not true of others."""
+    model, processor = speaking(family)
+    reasons = []
+    give_up = tracing._Tracer._give_up
+    monkeypatch.setattr(tracing._Tracer, "_give_up", lambda self, why: reasons.append(why) or give_up(self, why))
+    words = [as_case("how do i bake bread"), as_case("tell me")] if family.images == "any" else []
+    malicious, benign = words + cases_of(family, 0)[2:], cases_of(family, 1)[:2]
+    options = {"layers": (0, 2), "modes": ("zero",), "max_new_tokens": 3, "batch_size": 2, "contrast": CONTRAST}
+    found = tracing.trace(model, processor, malicious, benign, ParityJudge(), ("layer", "ffn"), **options)
+    reason = ONE_BLOCK_AT_A_TIME.get(family.name)
+    assert len(reasons) == (reason is not None) and (not reasons or reason in reasons[0])
+
+    def answered_alone(cases):
+        runs = [generated(model, processor, case) for case in cases]
+        texts = [tokenizer_of(processor).decode(said, skip_special_tokens=True).strip() for said, _ in runs]
+        return texts, torch.stack([logits[0] for _, logits in runs]).log_softmax(dim=-1)
+
+    unblocked, before = answered_alone(benign)
+    assert len(found.blocked["zero"]) == 4
+    for site, outcome in found.blocked["zero"].items():
+        with silenced(model, site):
+            (attacked, at_first), (answers, after) = answered_alone(malicious), answered_alone(benign)
+        assert outcome.malicious == ParityJudge().verdicts(malicious, attacked), site
+        assert outcome.kept == [a == b for a, b in zip(answers, unblocked, strict=True)], site
+        odds = at_first[:, list(CONTRAST.refused)].logsumexp(dim=-1) - at_first[:, CONTRAST.complied[0]]
+        close(torch.tensor(outcome.log_odds), odds, **RUNS)
+        close(torch.tensor(outcome.divergence), (before.exp() * (before - after)).sum(dim=-1), **RUNS)
+
+
+def token_groups(family, ids, length):
+    """The tokens of one prompt, of `length` tokens, and its answer, by group."""
+    visual = torch.isin(ids, torch.tensor(visual_token_ids(family.model.config), dtype=ids.dtype))
+    place = torch.arange(len(ids))
+    within = place < length - 1
+    masks = {"image": visual & within, "prompt": within & ~visual, "last": place == length - 1}
+    return {name: m.nonzero()[:, 0] for name, m in {**masks, "generated": place >= length}.items()}
+
+
+@torch.no_grad()
+def patched_alone(family, pair, texts, site):
+    """By group, Y of both prompts of a pair, each with what the other has at `site`: one run at a time."""
+    model, processor = speaking(family)
+    runs = []
+    for case in pair:
+        length = alone(processor, case)["input_ids"].shape[1]
+        for text in texts:
+            inputs, labels = answered(processor, [case], [text], end=False)
+            with record(model, [site]) as activations:
+                model(**inputs, use_cache=False)
+            runs.append((inputs, labels, activations[site], token_groups(family, inputs["input_ids"][0], length)))
+    outcomes = {}
+    for group in ("image", "prompt", "last", "generated"):
+        said = []
+        for run, (inputs, labels, own, groups) in enumerate(runs):
+            _, _, other, others = runs[(run + 2) % 4]
+            mine, theirs, changed = groups[group], others[group], own.clone()
+            count = min(len(mine), len(theirs))
+            if count:
+                changed[0, mine] = other[0, theirs].mean(dim=0)
+                changed[0, mine[-count:]] = other[0, theirs[-count:]]
+
+            def put(module, args, output, changed=changed):
+                if isinstance(output, tuple):
+                    return (changed.reshape(output[0].shape), *output[1:])
+                return changed.reshape(output.shape)
+
+            handle = site_module(model, site).register_forward_hook(put)
+            log_p = model(**inputs, use_cache=False).logits[0].log_softmax(dim=-1)
+            handle.remove()
+            at = (labels[0] != -100).nonzero()[:, 0]
+            said.append(log_p[at - 1, labels[0, at]].sum().item() if count else None)
+        outcomes[group] = None if None in said else (said[0] - said[1], said[2] - said[3])
+    return outcomes
+
+
+@pytest.mark.supports("diagnosis")
+@families
+def test_patches_are_those_of_single_runs(family):
+    """In one batch, padded, prompts with other numbers of images, where the family takes them."""
+    model, processor = speaking(family)
+    pairs, others = [], cases_of(family, 1)[1:]
+    for case in cases_of(family, 0)[:2]:
+        said = generated(model, processor, case)[0]
+        others.remove(other := next(one for one in others if generated(model, processor, one)[0] != said))
+        pairs.append((case, other))
+    options = {"layers": (0, 2), "max_new_tokens": 3, "batch_size": 2}
+    found = mediate(model, processor, *zip(*pairs, strict=True), ("layer", "ffn"), **options)
+    for row, pair in enumerate(pairs):
+        said = [generated(model, processor, case)[0] for case in pair]
+        texts = [tokenizer_of(processor).decode(ids, skip_special_tokens=True).strip() for ids in said]
+        direct = [[forced_log_probability(model, processor, case, text) for text in texts] for case in pair]
+        outcomes = [refusal - complied for refusal, complied in direct]
+        close(torch.tensor([found.refused[row], found.jailbroken[row]]), torch.tensor(outcomes), **RUNS)
+        site = (Site(0, "residual"), Site(2, "ffn"))[row]
+        for group, expected in patched_alone(family, pair, texts, site).items():
+            effects = found.effects[site][group]
+            got = effects.direct[row], effects.indirect[row]
+            if expected is None:
+                assert got == (None, None)
+            else:
+                close(torch.tensor(got), torch.tensor(expected) - found.jailbroken[row], **RUNS)
+
+
+def embedded(model, processor, case):
+    """What enters the first layer, (S, d)."""
+    with layer_calls(model) as calls, torch.no_grad():
+        model(**alone(processor, case), use_cache=False)
+    return calls[0][0][0].clone()
+
+
+@torch.no_grad()
+def ablated_alone(model, processor, case, answer, token, others):
+    """``log p(answer)``, what enters the first layer at `token` being the mean of that at `others`."""
+    inputs, labels = answered(processor, [case], [answer], end=False)
+
+    def change(module, args, kwargs):
+        h = (args[0] if args else kwargs["hidden_states"]).clone()
+        h[0, token] = h[0, others].mean(dim=0)
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+    handle = decoder_layers(model)[0].register_forward_pre_hook(change, with_kwargs=True)
+    log_p = model(**inputs, use_cache=False).logits[0].log_softmax(dim=-1)
+    handle.remove()
+    at = (labels[0] != -100).nonzero()[:, 0]
+    return log_p[at - 1, labels[0, at]].sum().item()
+
+
+@pytest.mark.supports("diagnosis")
+@families
+def test_attributions_lie_on_the_tokens_that_they_are_of(family):
+    model, processor = speaking(family)
+    case = cases_of(family, 0)[1]
+    found = care_hf.attribute(model, processor, case, max_new_tokens=3, batch_size=7)
+    assert abs(found.log_probability - forced_log_probability(model, processor, case, found.answer)) < 1e-3
+    ids = alone(processor, case)["input_ids"][0]
+    visual = torch.isin(ids, torch.tensor(visual_token_ids(model.config), dtype=ids.dtype)).nonzero()[:, 0]
+    assert torch.equal(found.positions[found.visual], visual)
+    words = [text.strip() for text, seen in zip(found.tokens, found.visual, strict=True) if not seen]
+    assert words == case.messages[0]["content"][-1]["text"].split()
+    for seen in (found.visual, ~found.visual):
+        own = found.positions[seen]
+        if len(own):
+            without = ablated_alone(model, processor, case, found.answer, own[0], own[1:])
+            assert abs(found.log_probability - without - found.scores[seen][0].item()) < 1e-3
+            assert found.scores[seen].abs().max() > 1e-2
+    pictures = Sample(case.messages).images
+    assert len(found.images) == len(pictures)
+    before, parts = embedded(model, processor, case), [found.positions[image.indices] for image in found.images]
+    assert not pictures or torch.equal(torch.cat(parts), visual)
+    for index, part in enumerate(parts):
+        others = [
+            image if i != index else image.transpose(Image.Transpose.ROTATE_180) for i, image in enumerate(pictures)
+        ]
+        after = embedded(model, processor, as_case(case.messages[0]["content"][-1]["text"], others))
+        changed = (after != before).any(dim=-1).nonzero()[:, 0]
+        # Rounding at other tokens aside; some of an image's tokens are the same for all images, and mark ends of rows.
+        changed = changed[(after - before)[changed].abs().amax(dim=-1) > 1e-4]
+        assert set(changed.tolist()) <= set(part.tolist()) and bool(len(changed)) == bool(len(part))
+    if pictures and not len(visual):
+        with pytest.raises(
+            ValueError, match="Image 0 has no tokens in the prompt: the model reads its images by cross-"
+        ):
+            found.heatmap()
+
+
+@pytest.mark.supports("diagnosis")
+@families
+@torch.no_grad()
+def test_neurons_and_separability_are_those_of_single_runs(family):
+    model, processor = speaking(family)
+    malicious, benign = cases_of(family, 0), cases_of(family, 1)
+    options = {"reference": "zero", "top": 1, "batch_size": 4}
+    dense = [layer for layer in (2, 0) if layer not in EXPERTS.get(family.name, ())]
+    for layer in EXPERTS.get(family.name, ()):
+        with pytest.raises(ValueError, match=f"FFN of layer {layer}, .*neurons of experts are not supported. Pass"):
+            rank_neurons(model, processor, malicious, None, CONTRAST, layers=[layer], **options)
+    for layer in dense[:1]:
+        ranked = rank_neurons(model, processor, malicious, None, CONTRAST, layers=[layer], **options)
+        for unit in ranked.verified:
+
+            def ablate(module, args, unit=unit):
+                return (args[0].index_fill(-1, torch.tensor([unit.unit]), 0),)
+
+            found = [CONTRAST.log_odds(model(**alone(processor, case)).logits[0, -1]) for case in malicious]
+            handle = down_projection(model, layer).register_forward_pre_hook(ablate)
+            changed = [CONTRAST.log_odds(model(**alone(processor, case)).logits[0, -1]) for case in malicious]
+            handle.remove()
+            close(unit.effect, float((torch.stack(changed) - torch.stack(found)).mean()), **RUNS)
+        assert abs(ranked.verified[0].effect) > 1e-2
+    sites = [Site(0, "residual"), Site(2, "ffn")]
+    samples = {name: load_samples(cases, name) for name, cases in (("benign", benign), ("malicious", malicious))}
+    read = read_activations(model, processor, samples, sites, "last", 4)
+    for row, case in enumerate([*benign, *malicious]):
+        with record(model, sites) as activations:
+            model(**alone(processor, case), use_cache=False)
+        for site in sites:
+            close(read[site][row], activations[site][0, -1])
+    lacking = getattr(model.config.get_text_config(), "cross_attention_layers", [])
+    groups = {"malicious": list("abcd"), "benign": list("efgh")}
+    options = {"groups": groups, "folds": 2, "permutations": 1, "sites": None if lacking else sites}
+    measured = measure_separability(model, processor, malicious, benign, **options)
+    assert [*measured.skipped] == [f"{layer}.{part}" for layer in lacking for part in ("attention", "ffn")]
+    assert set(measured.sites) >= set(sites)
+    assert all(0 <= one.auc <= 1 and math.isfinite(one.scatter_ratio) for one in measured.sites.values())
+
+
+@pytest.mark.parametrize("name", ["llava+pixtral", "paligemma", "qwen2_vl", "mllama", "instructblip", "llama"])
+def test_an_evaluation_has_the_answers_to_single_prompts(name):
+    family = FAMILIES[name]
+    model, processor = speaking(family)
+    first, second = cases_of(family, 0), cases_of(family, 1)
+    suite = Suite("tiny", attacks={"new": first}, harmful=second[:2], benign={"old": second[2:]})
+    budget = Budget(cases=4, max_new_tokens=3, batch_size=4, gradient_cases=0, universal_cases=0)
+    report = care_hf.evaluate(model, suite, None, ParityJudge(), budget, processor=processor)
+    sets = report.results["undefended"]["sets"]
+    assert report.results["undefended"]["divergence"] == 0
+    for label, cases in suite.sets.items():
+        said = [generated(model, processor, case)[0] for case in cases]
+        answers = [tokenizer_of(processor).decode(ids, skip_special_tokens=True).strip() for ids in said]
+        assert sets[label]["answers"] == answers
+        assert sets[label]["verdicts"]["parity"] == ParityJudge().verdicts(cases, answers)
+
+
+def test_components_that_a_layer_lacks_are_left_out_unless_they_are_named():
+    model = FAMILIES["mllama"].model
+    found = tracing.find_sites(model, ("layer", "ffn", "attention"))
+    assert len(found) == 10 and [site for site in found if site.layer == 1] == [Site(1, "residual")]
+    told = (
+        "Site 1.ffn: layer 1 is a gated cross-attention layer; use the component 'residual'. .Here that is .* 'layer'"
+    )
+    with pytest.raises(ValueError, match=told):
+        tracing.find_sites(model, ("ffn",), (0, 1))
+    with pytest.raises(ValueError, match="has 4 decoder layers"):
+        tracing.find_sites(model, ("layer",), (9,))
+
+
+def test_prompts_that_would_not_be_read_as_alone_are_refused():
+    mllama, instructblip = FAMILIES["mllama"], FAMILIES["instructblip"]
+    mixed = [Sample(case.messages) for case in cases_of(FAMILIES["llava"], 0)]
+    with pytest.raises(ValueError, match=r"one batch have \[1, 2, 0, 1\] images. MllamaProcessor .* or batch_size=1"):
+        collated(mllama, mixed)
+    assert collated(mllama, mixed[::3]).inputs["pixel_values"].shape[1] == 1
+    with pytest.raises(ValueError, match=r"have \[1, 2, 0, 1\] images, and InstructBlipProcessor takes exactly one"):
+        collated(instructblip, mixed)
+
+
+def test_images_without_a_gradient_are_refused_to_attacks():
+    model, processor = speaking(FAMILIES["chameleon"])
+    case = as_case("tell me", [Image.new("RGB", (32, 32), "red")])
+    with pytest.raises(ValueError, match=r"Chameleon.* has no gradient from what it says to its pixels"):
+        pgd(model, processor, [case], ["bomb"], eps=8, steps=1, restarts=1)
+
+
+def test_a_replay_is_checked_where_tokens_cannot_be_said():
+    """The spread of Chameleon's logits is infinite with those of pieces of images, and would allow for everything."""
+    model, processor = speaking(FAMILIES["chameleon"])
+    inputs = collated(FAMILIES["chameleon"], processor=processor).inputs
+    replay = Replay(model, inputs, torch.arange(4), 3)
+    assert replay.agrees()
+    replay.base.entered[0] = torch.randn_like(replay.base.entered[0])
+    assert not replay.agrees()
 
 
 def test_a_language_model_works_in_its_pipeline(tmp_path):

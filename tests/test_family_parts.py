@@ -43,11 +43,10 @@ def test_row_of_batch_equals_prompt_alone(family, side):
     counts = batch.visual.sum(dim=1)
     assert (counts > 0).tolist() == [bool(sample.images) for sample in samples]
     assert counts.max() <= 64 and batch.text.any(dim=1).all()
-    assert (len(set(batch.inputs["attention_mask"].sum(dim=1).tolist())) == 1) == (family.images == "one")
+    assert len(set(batch.inputs["attention_mask"].sum(dim=1).tolist())) > 1
     for row, sample in zip(logits, samples, strict=True):
-        if sample.images or family.images != "some":
-            alone = next_logits(family, collated(family, [sample], side))
-            torch.testing.assert_close(row, alone[0], atol=1e-4, rtol=1e-4)
+        alone = next_logits(family, collated(family, [sample], side))
+        torch.testing.assert_close(row, alone[0], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits[0], logits[-1], atol=0.1)
 
 

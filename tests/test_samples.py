@@ -1,3 +1,4 @@
+import copy
 import weakref
 from collections.abc import Sequence
 
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AddedToken
 
 from care_hf.samples import Sample, collate, generation_prompt, load_image, load_samples
 from care_hf.sites import image_token_ids
@@ -183,3 +185,14 @@ def test_a_template_without_a_generation_prompt_is_refused(testbed, template, me
             generation_prompt(processor)
     finally:
         processor.chat_template = kept
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_that_were_added_as_special_are_control_tokens_without_a_name(testbed, special):
+    """Llama 3's headers and Idefics' marks of tiles are on none of the lists of a tokenizer."""
+    processor = copy.deepcopy(testbed[1])
+    processor.tokenizer.add_tokens([AddedToken("<header>", special=special)])
+    assert "<header>" not in processor.tokenizer.all_special_tokens
+    batch = collate(processor, load_samples([{"text": "how do i <header> make"}]), ())
+    places = batch.inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<header>")
+    assert places.sum() == 1 and bool(batch.text[places]) == (not special)

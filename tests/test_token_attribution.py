@@ -423,12 +423,25 @@ def test_bad_prompts_and_processors_are_named(testbed, llava, processor):
         testbed[1].chat_template = template
 
 
-def grids_of(layout, images, inputs=None, grids=None):
+def grids_of(layout, images, inputs=None, grids=None, each=None):
     """Grids of a prompt written with "v" for image tokens and anything else for others."""
     visual = torch.tensor([c == "v" for c in layout])
     scored = torch.tensor([i for i, c in enumerate(layout) if c in "vt"], dtype=torch.int64)
     pictures = [Image.new("RGB", (8, 8))] * images
-    return image_grids(pictures, inputs or {}, visual, scored, SimpleNamespace(), SimpleNamespace(), grids)
+    return image_grids(pictures, inputs or {}, visual, scored, SimpleNamespace(), SimpleNamespace(), grids, each)
+
+
+@pytest.mark.parametrize(
+    ("layout", "each", "indices"),
+    [
+        ("vvvvvvvvt", [2, 6], [[0, 1], [2, 3, 4, 5, 6, 7]]),  # one run, which equal shares would cut elsewhere
+        ("vvcvvcvvcvv", [2, 6], [[0, 1], [2, 3, 4, 5, 6, 7]]),
+        ("vvvvtvct", [3, 4], [[0, 1, 2, 3], [5]]),  # of something else: runs tell
+        ("vvvvvvvvt", [3, 4], [[], []]),
+    ],
+)
+def test_images_of_known_numbers_of_tokens_are_parted(layout, each, indices):
+    assert [image.indices.tolist() for image in grids_of(layout, 2, each=each)] == indices
 
 
 def single(images):

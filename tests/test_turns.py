@@ -312,7 +312,8 @@ def test_the_gate_holds_the_detectors_and_fires_as_its_calibration_says(recorded
 def test_the_metadata_says_what_was_done(prompts, recorded):
     recipe = RECIPE.replace(false_alarms=0.02, rank=3)
     metadata = solve_turns(recorded, recipe).metadata
-    assert set(metadata) == {"recipe", "prompts", "calibration"}
+    assert set(metadata) == {"recipe", "prompts", "calibration", "base", "data", "environment", "judge"}
+    assert metadata["judge"] == "care_hf.judges.is_refusal"
     assert Recipe(**json.loads(metadata["recipe"])) == recipe
     counts = {name: len(prompts[name]) for name in ("benign", "malicious", "exposed", "neutral")}
     assert json.loads(metadata["prompts"]) == {**counts, "refused": int(recorded.refused.sum())}

@@ -19,9 +19,8 @@ class Family:
         name: the model type as transformers calls it; for a variant with a suffix, such as "llava+pixtral".
         config: builds the configuration: 4 text layers, a deeper vision tower, some 100 tokens.
         processor: builds the processor from the configuration; its own class where that runs without torchvision.
-        images: how many stock transformers can: "any" number in each prompt; "some" in each batch, but any in a prompt;
-            "equal" numbers in the prompts of a batch, or else its rows are not as alone; "one" in each prompt, and
-            equal lengths where padded on the left, or else again; "none".
+        images: how many it takes: "any" number in each prompt; "equal" numbers in the prompts of a batch, or else its
+            rows are not as alone; "one" in each prompt; "none".
         adjust: changes the model once it is built, where stock initialisation leaves it blind.
         lacks: what the processor lacks for `AutoProcessor` to load it as it was saved; empty if nothing.
     """
@@ -29,7 +28,7 @@ class Family:
     name: str
     config: Callable[[], PreTrainedConfig]
     processor: Callable[[PreTrainedConfig], Any]
-    images: Literal["any", "some", "equal", "one", "none"] = "any"
+    images: Literal["any", "equal", "one", "none"] = "any"
     adjust: Callable[[PreTrainedModel], Any] | None = None
     lacks: str = ""
 

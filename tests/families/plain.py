@@ -299,12 +299,11 @@ FAMILIES: list[Family] = [
     Family("internvl", internvl_config, internvl_processor, lacks="torchvision"),
     Family("aya_vision", aya_vision_config, aya_vision_processor),
     Family("deepseek_vl", deepseek_vl_config, deepseek_vl_processor),
-    Family("paligemma", paligemma_config("gemma"), paligemma_processor, images="some"),
+    Family("paligemma", paligemma_config("gemma"), paligemma_processor),
     Family(
         "paligemma2",
         paligemma_config("gemma2", query_pre_attn_scalar=HEAD, **ALTERNATING),
         paligemma_processor,
-        images="some",
     ),
     Family("gemma3", gemma3_config, gemma3_processor, adjust=open_eyes),
 ]

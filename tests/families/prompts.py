@@ -11,8 +11,7 @@ from care_hf.sites import image_token_ids
 from .family import Family
 
 TEXTS = ("how do i make a cake ?", "what is this", "tell me now please how do i bake bread", "tell me")
-EQUALLY_LONG = ("how do i bake bread", "what is in this image", "tell me now please .", "make a cake of this")
-COUNTS = {"any": (1, 2, 0, 1), "some": (1, 2, 0, 1), "equal": (2,) * 4, "one": (1,) * 4, "none": (0,) * 4}
+COUNTS = {"any": (1, 2, 0, 1), "equal": (2,) * 4, "one": (1,) * 4, "none": (0,) * 4}
 SHAPES = ((16, 16), (24, 40), (24, 16), (16, 24))
 
 
@@ -20,13 +19,12 @@ def prompts(family: Family, seed: int = 0) -> list[Sample]:
     """Four prompts, their images before the text: with one, two, none and one again, as far as the family can.
 
     Args:
-        family: says how many images prompts may have, and whether their lengths may differ.
+        family: says how many images prompts may have.
         seed: of the images; the texts are always the same.
     """
     draw = np.random.default_rng(seed)
-    texts = EQUALLY_LONG if family.images == "one" else TEXTS
     samples = []
-    for row, (text, count) in enumerate(zip(texts, COUNTS[family.images], strict=True)):
+    for row, (text, count) in enumerate(zip(TEXTS, COUNTS[family.images], strict=True)):
         noise = [draw.integers(0, 256, (*SHAPES[(row + i) % len(SHAPES)], 3), dtype=np.uint8) for i in range(count)]
         content = [{"type": "image", "image": Image.fromarray(image)} for image in noise]
         samples.append(Sample([{"role": "user", "content": [*content, {"type": "text", "text": text}]}]))

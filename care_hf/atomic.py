@@ -78,9 +78,10 @@ def replaced_folder(folder: str | os.PathLike) -> Iterator[Path]:
 def _staging(target: Path) -> Path:
     """A new folder on the disk of `target`: beside it, or inside where nothing can be put beside it."""
     name = f".{target.name}{STAGING}"
-    for old in target.parent.glob(f"{name}*"):
-        if time.time() - old.stat().st_mtime > ABANDONED:
-            shutil.rmtree(old, ignore_errors=True)
+    left = [path for path in target.parent.iterdir() if path.name.startswith(name)]
+    for path in left:
+        if time.time() - path.stat().st_mtime > ABANDONED:
+            shutil.rmtree(path, ignore_errors=True)
     beside = target.parent / f"{name}{uuid.uuid4().hex[:8]}"
     inside = target / beside.name
     if target.exists() and (

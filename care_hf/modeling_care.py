@@ -1,6 +1,7 @@
 """The wrapper: a base vision-language model whose chosen modules repair their outputs, and its fail-closed loading."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ from .delegation import LeavesToBase
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
 from .loading import check_digest, check_keys, check_source, named_errors, repair_digest
 from .projection import FUSIONS, MIXED, FixedPrecision, ModalityProjection, SafetyProjection, Subspace
-from .publishing import Publishes, publishes
-from .pushing import push, taken_for_hub, writes_alone
+from .publishing import Publishes, publishes, writes_alone
 from .quantised import check_linear, check_saveable, check_saved, saving
 from .repair_state import RecallingCheckpoint, RepairState, watch_forwards
 from .repaired_module import CareSiteMixin, care_class, copy_structure, execution_device
@@ -391,7 +391,7 @@ class CareForConditionalGeneration(Publishes, LeavesToBase):
 
         Adapters in the modules are saved with everything else, but for those of the model's own `add_adapter` and
         `load_adapter`: then transformers saves the active one, and nothing else. Whoever is killed or runs out of disk
-        leaves the folder as it was, see `atomic.replaced_folder`; what is pushed is pushed after that.
+        leaves the folder as it was, see `atomic.replaced_folder`.
 
         Raises:
             ValueError: the repair is not whole (see `check`), an adapter is around a repaired module or could not be
@@ -416,11 +416,10 @@ class CareForConditionalGeneration(Publishes, LeavesToBase):
             if not writes_alone(given):
                 super().save_pretrained(**given)
                 return
-            hub = taken_for_hub(given)
             with replaced_folder(save_directory) as folder:
                 if self.processor is not None:
+                    # First: with push_to_hub the model's save uploads whatever is in the folder.
                     self.processor.save_pretrained(folder)
+                if given.get("push_to_hub"):
+                    given.setdefault("repo_id", Path(save_directory).resolve().name)
                 super().save_pretrained(**{**given, "save_directory": folder})
-                written = [path.name for path in folder.iterdir()]
-        if hub is not None:
-            push(self, save_directory, written, **hub)

@@ -5,6 +5,7 @@ This goes to the Hub with the model; the rooms that do the work do not, and are 
 
 import functools
 import importlib
+from typing import Any
 
 import torch.distributed
 from transformers.utils import logging
@@ -54,6 +55,13 @@ def publishes(save_pretrained):
         return None
 
     return save_and_publish
+
+
+def writes_alone(given: dict[str, Any]) -> bool:
+    """Whether this process writes the whole checkpoint, by the arguments that `save_pretrained` was given."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    first = not distributed or torch.distributed.get_rank() == 0
+    return first and given.get("is_main_process", True) and not given.get("distributed_checkpoint", False)
 
 
 def _installed(name: str):

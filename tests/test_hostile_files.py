@@ -658,7 +658,7 @@ def test_an_interrupted_adapter_leaves_the_old_or_the_new(versions, error, tmp_p
 
 
 def test_a_new_folder_is_there_whole_or_not_at_all(versions, tmp_path):
-    folder = tmp_path / "a" / "new"
+    folder = tmp_path / "a" / "new [1]*"
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(
             modeling_utils, "safe_save_file", lambda *args, **kwargs: (_ for _ in ()).throw(OSError("full"))

@@ -26,9 +26,8 @@ ORDER = [
         "attribution_figures",
         "separation",
         "quantised",
-        "publishing",
         "atomic",
-        "pushing",
+        "publishing",
     },
     {
         "gating",
@@ -39,8 +38,8 @@ ORDER = [
         "interventions",
         "contrasts",
         "trace_results",
-        "card_results",
         "base_fingerprint",
+        "card_results",
     },
     {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
     {"configuration_care", "affine", "repair_state", "subspace_files", "detectors", "teacher_forcing", "data_settings"},
@@ -93,7 +92,6 @@ REMOTE_CODE = {
     "delegation",
     "loading",
     "atomic",
-    "pushing",
 }
 
 

@@ -447,7 +447,7 @@ def test_components_that_a_layer_lacks_are_skipped_with_the_reason(llava, proces
     del layer.mlp
     object.__setattr__(layer, "mlp", lambda x: mlp(x))
     found = measure_separability(model, processor, **prompts, folds=2, permutations=1)
-    assert set(found.skipped) == {"1.ffn"} and "use the component 'residual'" in found.skipped["1.ffn"]
+    assert set(found.skipped) == {"1.ffn"} and "Use the component 'residual'" in found.skipped["1.ffn"]
     assert len(found.sites) == 17 and Site(1, "ffn") not in found.sites
     with pytest.raises(ValueError, match=r"1\.ffn"):
         measure_separability(model, processor, **prompts, sites=[Site(1, "ffn")])

@@ -150,18 +150,21 @@ def prompt_ends(ids: torch.Tensor, prompt_end: Sequence[int], earlier: torch.Ten
 
 
 def turn_steps(
-    last: torch.Tensor, fires: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None = None
+    last: torch.Tensor, fires: torch.Tensor | None, before: tuple[torch.Tensor, torch.Tensor] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Steps since the last token of the prompt, and whether the gate fired there.
 
     Args:
         last: bool (B, S), True at the last token of a prompt.
-        fires: bool (B, S), True where the gate fires.
+        fires: bool (B, S), True where the gate fires; None for one token more of an answer, which ends no prompt.
         before: what this function returned for the token before these, (B, 1) each; None if there is none.
 
     Returns:
         ``(steps, held)``, int64 and bool (B, S): in a conversation the latest prompt counts.
     """
+    if fires is None:
+        earlier, went_on = before
+        return torch.where(earlier < 0, earlier, earlier + 1), went_on
     single = last.shape[-1] == 1
     if single:
         steps, held = torch.where(last, 0, -1), fires & last

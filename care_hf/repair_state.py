@@ -5,6 +5,7 @@ and what `gating.pack` keeps of it. So it is reordered by beam search, cropped b
 chunked prefill as the keys are.
 """
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .gating import GateReader, pack, prompt_ends, turn_steps, unpack
+from .projection import branches_freely
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -112,6 +114,7 @@ class Forward:
         self.visual_mask = self.pictured = self.steps = self.held_steps = None
         self._prompt_end = prompt_end
         self._ids = self._ends = self._before = self._entry = self._cache = self._layer = None
+        self._goes_on = False
 
     @classmethod
     def of_call(cls, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any], state: RepairState) -> "Forward":
@@ -146,6 +149,8 @@ class Forward:
             return
         earlier, packed = _recent(self._layer, len(self._prompt_end) - 1, self._ids.device)
         self._ends = prompt_ends(self._ids, self._prompt_end, earlier)
+        # One token more of an answer: most forwards by far.
+        self._goes_on = self._ids.shape[1] == 1 and branches_freely(self._ids) and not self._ends.any()
         *self._before, pictured = unpack(packed)
         self.pictured = self.pictured | pictured
 
@@ -169,7 +174,8 @@ class Forward:
             return  # gradient checkpointing asks again
         ends, pictured = self._ends.to(h.device), self.pictured.to(h.device)
         before = None if self._before is None else tuple(of_token.to(h.device) for of_token in self._before)
-        steps, held = turn_steps(ends, gate(h, pictured, ends), before)
+        fires = None if self._goes_on else gate(h, pictured, ends)
+        steps, held = turn_steps(ends, fires, before)
         ids, packed = self._ids.to(h.device), pack(steps, held, pictured)
         self._entry = ids[:, None, :, None], packed[:, None, :, None].to(ids.dtype)  # layers keep one dtype
         if self._layer is not None:
@@ -254,15 +260,15 @@ def _recent(layer: Any, count: int, device: torch.device) -> tuple[torch.Tensor,
         # Where there is none yet, it is 0, as it should be.
         packed = packed.index_select(1, torch.as_tensor(past - 1, device=ids.device).clamp(min=0).reshape(1))
     else:
-        ids, packed = pad(ids[:, max(past - count, 0) :], (max(count - past, 0), 0), value=-1), packed[:, -1:]
+        ids, packed = ids[:, max(past - count, 0) :], packed[:, -1:]
+        if past < count:
+            ids = pad(ids, (count - past, 0), value=-1)
     return ids.to(device), packed.to(device)
 
 
 def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
-    found = torch.zeros_like(ids, dtype=torch.bool)
-    for token in tokens:
-        found = found | (ids == token)
-    return found
+    found = [ids == token for token in tokens]
+    return functools.reduce(torch.logical_or, found) if found else torch.zeros_like(ids, dtype=torch.bool)
 
 
 def _ids_of_embeddings(model: PreTrainedModel, embeddings: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:

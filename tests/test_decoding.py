@@ -652,7 +652,7 @@ def test_a_checkpoint_whose_gate_is_not_whole_does_not_load(case, tmp_path):
     refused("lacks", new_gate={**gate, "site": "0.residual"})
     refused("mismatch|shape", new_gate={**gate, "alarms": 2})
     refused("counts of detectors", new_gate={**gate, "required": -1, "alarms": 2})
-    refused("at least one", new_gate={**gate, "prompt_end": []})
+    refused("token ids in prompt_end", new_gate={**gate, "prompt_end": []})
     refused("another tokenizer", new_gate={**gate, "prompt_end": [100000]})
 
 

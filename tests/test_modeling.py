@@ -510,3 +510,23 @@ def test_buffers_of_a_repair_are_single_precision_whatever_the_default(part, arg
     finally:
         torch.set_default_dtype(torch.float32)
     assert {buffer.dtype for buffer in buffers if buffer.is_floating_point()} == {torch.float32}
+
+
+def test_tokens_of_a_video_are_visual_ones(qwen):
+    sites = SafetySubspaces.random(qwen, layers=[1], rank=4).sites
+    repaired = CareForConditionalGeneration.from_base(qwen, SafetySubspaces(sites, "route"))
+    ids = torch.tensor([[5, 91, *[93] * 4, 92, 6, 7]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": torch.tensor([[0, 0, 2, 2, 2, 2, 0, 0, 0]]),
+        "pixel_values_videos": torch.randn(16, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(1)),
+        "video_grid_thw": torch.tensor([[1, 4, 4]]),
+    }
+    site = Site(1, "ffn")
+    with record(repaired.vlm, [site]) as after, torch.no_grad():
+        repaired(**inputs)
+    with repaired.disable(), record(repaired.vlm, [site]) as before, torch.no_grad():
+        repaired(**inputs)
+    torch.testing.assert_close(after[site], repair(before[site], sites[site], "route", visual_mask=ids == 93))
+    assert not torch.allclose(after[site], repair(before[site], sites[site], "route", visual_mask=ids == 90))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import cached_file
 
+from .adapters import adapter_layers
 from .configuration_care import FORMAT
 
 INDEX = "model.safetensors.index.json"
@@ -19,6 +20,47 @@ SAFE_NAME = re.compile(r"[^/\\:\0]+\.safetensors")  # of a file beside its index
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
 PLACED = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 ADVICE = "It would not run as repaired, so it is not loaded; save it again from the repaired model."
+
+
+class LoadsWhole:
+    """Gives a repaired model a `from_pretrained` that loads it whole, and as it was saved, or not at all."""
+
+    @classmethod
+    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but a checkpoint whose repair is not whole raises instead of loading.
+
+        Whatever lies in a folder or Hub repo, nothing but safetensors is opened there.
+
+        Raises:
+            ValueError: a tensor of the repair or of the base is missing; a tensor or setting of the repair has another
+                shape, is unknown, holds what it cannot hold or is not, bit for bit, what was saved; the checkpoint is
+                of a later format; a file is broken, or names one outside its folder; pickles are asked for; or a folder
+                of an adapter is named.
+            OSError: there is no such checkpoint, or none in safetensors.
+            RuntimeError, TypeError: transformers finds weights or arguments that do not fit.
+            ImportError: the checkpoint has adapters, and PEFT is not installed.
+        """
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        check_source(source, kwargs)
+        if source is not None:
+            kwargs["use_safetensors"] = True
+        with named_errors(source):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if model._hf_peft_config_loaded:
+            # What transformers reports then is what the adapter lacks, not what the repaired model does.
+            raise ValueError(
+                "An adapter cannot be loaded in one step with the repaired model that it is for, since that could not "
+                "be checked; load the repaired model, then the adapter with `load_adapter` or `PeftModel`."
+            )
+        check_keys(info, tuple(f"vlm.{name}." for name in adapter_layers(model.vlm)))
+        model.check()
+        check_digest(model)
+        return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys, *args, **kwargs):
+        """Before memory is taken and filled for what no file held: it may be a model of any size."""
+        check_sizes(self, missing_keys)
+        return super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
 
 def of_the_repair(key: str) -> bool:
@@ -126,6 +168,32 @@ def check_keys(info: Mapping[str, Any], adapted: tuple[str, ...]) -> None:
     ):
         if keys:
             raise ValueError(f"The checkpoint {what} {len(keys)} tensors: {', '.join(keys[:5])}. {ADVICE}")
+
+
+def check_sizes(model: nn.Module, missing: Collection[str]) -> None:
+    """Assert that most of a model was in the files.
+
+    Sizes that config.json lacks are those of the largest models, for which random weights would be drawn for minutes
+    until `check_keys` refuses them.
+
+    Args:
+        model: its parameters are on the meta device where they are not loaded.
+        missing: names of what the files lack, or have in another shape; tied weights may be among them.
+
+    Raises:
+        ValueError: more than half of the model's numbers are missing.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    lacking = {name: size for name, size in sizes.items() if name in missing and not _tied(model, name)}
+    if 2 * sum(lacking.values()) > sum(sizes.values()):
+        raise ValueError(
+            f"The checkpoint's config.json describes a model of {sum(sizes.values()):,} parameters, of which its files "
+            f"lack {sum(lacking.values()):,}: {', '.join(sorted(lacking)[:5])}. {ADVICE}"
+        )
+
+
+def _tied(model: nn.Module, name: str) -> bool:
+    return getattr(model.get_parameter(name), "_is_hf_initialized", False)
 
 
 def repair_digest(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> str:

@@ -25,7 +25,7 @@ from .atomic import replaced_folder
 from .configuration_care import BASE_CLASSES, FORMAT, CareConfig, auto_class
 from .delegation import LeavesToBase
 from .gating import Gate, GateReader, TurnProjection, prompt_ends
-from .loading import check_digest, check_keys, check_source, named_errors, repair_digest
+from .loading import LoadsWhole, repair_digest
 from .projection import FUSIONS, MIXED, FixedPrecision, ModalityProjection, SafetyProjection, Subspace
 from .publishing import Publishes, publishes, writes_alone
 from .quantised import check_linear, check_saveable, check_saved, saving
@@ -53,7 +53,7 @@ class Switch:
         self.state.enabled = self.before
 
 
-class CareForConditionalGeneration(Publishes, LeavesToBase):
+class CareForConditionalGeneration(Publishes, LoadsWhole, LeavesToBase):
     """A vision-language model with CARE's repair in its forward (arXiv 2603.27240).
 
     Made by `care_hf.fit`, by `from_base`, or by any Auto class from a saved checkpoint; `generate` and everything else
@@ -192,38 +192,6 @@ class CareForConditionalGeneration(Publishes, LeavesToBase):
         for module in repaired.modules():
             module._is_hf_initialized = True  # `init_weights` is for what nothing has filled
         return repaired.train(model.training)
-
-    @classmethod
-    def from_pretrained(cls, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but a checkpoint whose repair is not whole raises instead of loading.
-
-        Whatever lies in a folder or Hub repo, nothing but safetensors is opened there.
-
-        Raises:
-            ValueError: a tensor of the repair or of the base is missing; a tensor or setting of the repair has another
-                shape, is unknown, holds what it cannot hold or is not, bit for bit, what was saved; the checkpoint is
-                of a later format; a file is broken, or names one outside its folder; pickles are asked for; or a folder
-                of an adapter is named.
-            OSError: there is no such checkpoint, or none in safetensors.
-            RuntimeError, TypeError: transformers finds weights or arguments that do not fit.
-            ImportError: the checkpoint has adapters, and PEFT is not installed.
-        """
-        source = args[0] if args else kwargs.get("pretrained_model_name_or_path")
-        check_source(source, kwargs)
-        if source is not None:
-            kwargs["use_safetensors"] = True
-        with named_errors(source):
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        if model._hf_peft_config_loaded:
-            # What transformers reports then is what the adapter lacks, not what the repaired model does.
-            raise ValueError(
-                "An adapter cannot be loaded in one step with the repaired model that it is for, since that could not "
-                "be checked; load the repaired model, then the adapter with `load_adapter` or `PeftModel`."
-            )
-        check_keys(info, tuple(f"vlm.{name}." for name in adapter_layers(model.vlm)))
-        model.check()
-        check_digest(model)
-        return (model, info) if output_loading_info else model
 
     def check(self) -> None:
         """Assert that the repair is what its configuration says and can be applied exactly.

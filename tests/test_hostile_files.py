@@ -177,6 +177,27 @@ def test_settings_that_cannot_be(broken, repaired, changes, message):
             auto.from_pretrained(broken)
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (("text_config",), "mismatched"),
+        (("text_config", "hidden_size"), "mismatched"),
+        (("vision_config", "num_hidden_layers"), r"a model of 26,128 parameters, of which its files lack 16,960"),
+    ],
+)
+def test_what_a_lost_size_makes_of_the_model_is_never_initialised(broken, monkeypatch, lost, message):
+    """It would be a model of 7 billion parameters, in the first."""
+    config = json.loads((broken / "config.json").read_text())
+    holder = config["vlm_config"]
+    for name in lost[:-1]:
+        holder = holder[name]
+    del holder[lost[-1]]
+    (broken / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(CareForConditionalGeneration, "_initialize_missing_keys", lambda *_: pytest.fail("initialised"))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModel.from_pretrained(broken)
+
+
 def test_any_change_of_a_tensor_of_the_repair(checkpoint, broken):
     """Values that a repair may well have, so that nothing but the digest can tell."""
     tensors = load_file(checkpoint / "model.safetensors")

@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 
 import pytest
+from care_hf_console.app import app
 from typer.testing import CliRunner
 
 from care_hf import comparison, evaluate_job, evaluation_run
 from care_hf.answers import generate_answers
 from care_hf.budget import Budget
-from care_hf.cli import app
 from care_hf.comparison import Comparison, compare
 from care_hf.judges import StrictJudge
 from care_hf.modeling_care import CareForConditionalGeneration

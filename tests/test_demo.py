@@ -1,10 +1,10 @@
 import json
 
+from care_hf_console.app import app
 from transformers import AutoModel
 from typer.testing import CliRunner
 
 from care_hf import CareForConditionalGeneration, demo
-from care_hf.cli import app
 from care_hf.demo import measurements
 from care_hf.fitting import fit
 from care_hf.rates import Rate

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import yaml
+from care_hf_console.app import app
 from PIL import Image
 from typer.testing import CliRunner
 
 from care_hf import diagnose_job
-from care_hf.cli import app
 from care_hf.diagnosis import Diagnosis
 from care_hf.testbed import DATA
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import yaml
+from care_hf_console.app import app
 from typer.testing import CliRunner
 
-from care_hf.cli import app
 from care_hf.judges import ChoiceJudge, KeywordJudge, WordJudge
 from care_hf.model_judges import ClassifierJudge, ToxicityJudge, load_judge
 from care_hf.prompt_files import PromptSets

@@ -1,0 +1,33 @@
+"""The commands of `care`, and how they begin."""
+
+import typer
+
+from . import demo, evaluate, fit, share
+
+# At the end of every help page.
+EPILOG = (
+    "Exit codes: 0 done; 1 something nobody foresaw, with a traceback; 2 a mistake that the message names, or something "
+    "missing; 130 interrupted, and the same command goes on. CARE_TRACEBACK=1 shows tracebacks of mistakes, too."
+)
+
+app = typer.Typer(
+    help="Diagnose and repair unsafe channels in vision-language models.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+for command in (
+    demo.demo,
+    evaluate.diagnose,
+    fit.fit,
+    evaluate.evaluate,
+    share.merge,
+    share.push,
+    share.convert,
+):
+    app.command(**getattr(command, "settings", {}))(command)
+
+
+@app.callback()
+def care() -> None:
+    """Diagnose and repair unsafe channels in vision-language models."""

@@ -6,8 +6,8 @@ from . import demo, evaluate, fit, share
 
 # At the end of every help page.
 EPILOG = (
-    "Exit codes: 0 done; 1 something nobody foresaw, with a traceback; 2 a mistake that the message names, or something "
-    "missing; 130 interrupted, and the same command goes on. CARE_TRACEBACK=1 shows tracebacks of mistakes, too."
+    "Exit codes: 0 done; 1 something nobody foresaw, with a traceback; 2 a mistake, or something missing, that the "
+    "message names; 130 interrupted, and the same command goes on. CARE_TRACEBACK=1 shows tracebacks of mistakes, too."
 )
 
 app = typer.Typer(

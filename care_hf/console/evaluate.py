@@ -72,7 +72,5 @@ def diagnose(
         for name, reason in found.left_out.items():
             voice.say(f"No {name}: {reason}")
         voice.say(f"Written to {out} in {voice.elapsed}: diagnosis.md, diagnosis.json, diagnosis.safetensors, figures")
-        voice.next_steps(
-            {f"care fit MODEL --recipe RECIPE.yaml --diagnosis {out} ...": "fit where it says (sites: auto)"}
-        )
+        voice.next_steps({f"care fit ... --recipe RECIPE.yaml --diagnosis {out}": "fit where it says (sites: auto)"})
         voice.result({"out": str(out), "left_out": dict(found.left_out)})

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .judges import is_refusal
+from .settings_files import check_fields, read_fields
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -40,13 +39,8 @@ class PromptSets:
             OSError: a file is missing.
         """
         path = Path(path)
-        values = yaml.safe_load(path.read_text()) or {}
-        known = [item.name for item in fields(cls)]
-        missing = [name for name in ("benign", "malicious") if name not in values]
-        if set(values) - set(known) or missing:
-            raise ValueError(
-                f"{path}: has the fields {sorted(values)}; known are {known}, and benign and malicious must be there."
-            )
+        values = read_fields(path)
+        check_fields(values, [item.name for item in fields(cls)], str(path), ("benign", "malicious"))
 
         def read(value: Any) -> Any:
             return (

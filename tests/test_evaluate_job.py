@@ -103,7 +103,7 @@ def test_prompt_sets_name_what_does_not_fit(files):
     with pytest.raises(ValueError, match=r"families \['icon'\]; known are \['cipher'\]"):
         PromptSets.load(files / "prompts.yaml").prompts(["icon"], True)
     (files / "prompts.yaml").write_text("benign: benign.jsonl\nevil: x.jsonl\n")
-    with pytest.raises(ValueError, match=r"has the fields \['benign', 'evil'\]"):
+    with pytest.raises(ValueError, match=r"prompts.yaml: unknown fields \['evil'\], missing fields \['malicious'\]"):
         PromptSets.load(files / "prompts.yaml")
     (files / "prompts.yaml").write_text("benign: benign.jsonl\nmalicious: gone.jsonl\n")
     with pytest.raises(FileNotFoundError, match=r"gone.jsonl is missing"):

@@ -28,6 +28,8 @@ ORDER = [
         "quantised",
         "atomic",
         "publishing",
+        "settings_files",
+        "shipped",
     },
     {
         "gating",

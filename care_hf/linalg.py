@@ -15,7 +15,7 @@ class RunningCovariance:
 
     Args:
         dimension: d.
-        device: where the sums are kept; chunks are moved there.
+        device: where the sums are kept until the first chunk; then where the chunks are.
     """
 
     def __init__(self, dimension: int, device: torch.device | str | None = None):
@@ -41,8 +41,7 @@ class RunningCovariance:
             return
         if not torch.isfinite(chunk).all():
             raise ValueError("A chunk holds values that are not finite; check the activations that it comes from.")
-        if self.count == 0:
-            self._to(chunk.device)
+        self._to(chunk.device)  # what was read from a file lies elsewhere
         chunk = chunk.to(self.mean)
         if self.count == 0:
             self.origin = chunk.mean(dim=0)

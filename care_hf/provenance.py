@@ -10,6 +10,7 @@ import torch.distributed
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from .collection import PromptFacts
 from .configuration_care import hub_name
 from .report import environment
 from .resume import model_fingerprint
@@ -20,14 +21,14 @@ FORMAT = "care_hf.reproduce.v1"
 TOLD = ("recipe", "prompts", "calibration", "base", "data", "environment")  # of an origin, those that are JSON
 
 
-def origin(model: nn.Module, samples: Mapping[str, Samples], **settings: str) -> dict[str, str]:
+def origin(model: nn.Module, samples: Mapping[str, Samples | PromptFacts], **settings: str) -> dict[str, str]:
     """What a fit knows of its base, its prompts and its surroundings, as `SafetySubspaces.metadata` holds it."""
     data = {name: {"n": len(items), "sha256": data_digest(items)} for name, items in samples.items()}
     told = {"base": base(model), "data": data, "environment": environment()}
     return {**{name: json.dumps(value) for name, value in told.items()}, **settings}
 
 
-def data_digest(samples: Samples) -> str:
+def data_digest(samples: Samples | PromptFacts) -> str:
     """A hash of all that a fit sees of prompts: texts, pixels, kinds and groups, in their order."""
     return hashlib.sha256(json.dumps([samples.digests, samples.kinds, samples.groups]).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Keep long work in a file, so that it can go on after an interruption; a file belongs to one work alone."""
+"""Keep long work in a file, so that it can go on after an interruption; tell one work from another."""
 
 import hashlib
 import json
@@ -8,24 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from .adapters import adapter_settings
-from .samples import Sample, Samples
+from .samples import Sample
 
 SAVE_SECONDS = 300  # how much work a killed process may lose, where it resumes
-
-
-def fingerprint(model: PreTrainedModel, processor, samples: Mapping[str, Samples], settings: Mapping[str, Any]) -> str:
-    """A hash of all that the work depends on; of every parameter, some 64 values."""
-    prompts = {name: items.digests for name, items in samples.items()}
-    template = str(getattr(processor, "chat_template", None))
-    return hashlib.sha256(
-        json.dumps([settings, prompts, template, model_fingerprint(model)], sort_keys=True).encode()
-    ).hexdigest()
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -75,24 +65,22 @@ def _of_buffers(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, tensors: Mapping[str, torch.Tensor], of: str, **notes: str) -> None:
-    """Write `tensors` and `notes`, whole or not at all, for the work whose fingerprint is `of`."""
+def save(path: Path, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
+    """Write `tensors` and `notes`, whole or not at all."""
     partial = path.with_suffix(path.suffix + ".partial")
-    save_file(dict(tensors), partial, metadata={"fingerprint": of, **notes})
+    save_file(dict(tensors), partial, metadata=dict(notes))
     os.replace(partial, path)
 
 
-def load(path: Path, of: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read what `save` wrote.
 
     Raises:
-        ValueError: the file belongs to other work.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no whole safetensors file.
     """
-    with safe_open(path, "pt") as file:
-        notes = file.metadata() or {}
-        if notes.get("fingerprint") != of:
-            raise ValueError(
-                f"{path} holds another collection (another model, processor, prompts or recipe); delete it or name "
-                "another file."
-            )
-        return {key: file.get_tensor(key) for key in file.keys()}, notes  # noqa: SIM118  not a dict
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); delete it or name another file.") from error

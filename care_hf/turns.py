@@ -1,26 +1,26 @@
 """Record what a model does where it decides: at the last token of its prompts and at the first tokens of an answer."""
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
-from . import resume as resuming
+from . import collection
 from .answers import generate_answers
+from .batching import first_size, run_batches
+from .collection import PromptFacts
 from .detectors import Cell, Prompts
 from .provenance import origin
 from .recipe import Recipe
 from .samples import IGNORED, Sample, Samples, answered, collate, generation_prompt
 from .site_check import check_contributions
-from .sites import Site, hidden_size, record
+from .sites import Site, record
 
 MIN_REFUSED = 16  # of which a mean is taken for an anchor
-RECORDING_FIELDS = ("scope", "layers", "component", "sites", "gate_layer", "steps", "batch_size", "seed")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,70 +65,68 @@ def record_turns(
     recipe: Recipe,
     judge: Callable[[str], bool],
     resume: Path | None = None,
+    update: Path | None = None,
 ) -> Turns:
     """Have the model answer the malicious prompts, and record every prompt with a refusal for its answer.
 
     Args:
         model: the undefended model.
         processor: its processor.
-        samples: prompts per class of `detectors.CLASSES`.
-        known_refused: how many of the malicious prompts, the last ones, count as refused whatever the judge says.
-        recipe: its sites, steps, batch size and seed.
+        samples: prompts per class of `detectors.CLASSES`; with `update`, those to add.
+        known_refused: how many of the malicious prompts, the first ones, count as refused whatever the judge says.
+        recipe: its sites, steps and batch size.
         judge: tells whether an answer is a refusal.
         resume: a file that keeps what is recorded.
+        update: such a file of earlier prompts, to which these are added.
 
     Raises:
-        ValueError: fewer than `MIN_REFUSED` malicious prompts are refused, or `resume` belongs to other work.
+        ValueError: fewer than `MIN_REFUSED` malicious prompts are refused, or a file does not fit.
+        FileNotFoundError: there is no file `update`.
         FloatingPointError: an activation is not finite.
+        torch.OutOfMemoryError: memory does not suffice for a single prompt.
     """
-    settings = {name: value for name, value in recipe.to_dict().items() if name in RECORDING_FIELDS}
     recorder = _Recorder(model, processor, recipe)
-    check_contributions(model, recorder.sites, collate(processor, samples["benign"][: recipe.batch_size], ()).inputs)
-    of = resuming.fingerprint(model, processor, samples, {**settings, "refused": known_refused})
-    if resume and resume.exists():
-        recorder.load(*resuming.load(resume, of))
-    size = recipe.batch_size
-    asked = [("malicious", start) for start in range(0, len(samples["malicious"]), size)]
-    read = [(name, start) for name, items in samples.items() for start in range(0, len(items), size)]
-    refused: list[bool] = []
-    progress = logging.tqdm(total=len(asked) + len(read), initial=recorder.done, desc="Recording turns", unit="batch")
-    saved = time.monotonic()
-    was_training = model.training
-    model.eval()
-    try:
-        with progress:
-            for index, (name, start) in enumerate([*asked, *read]):
-                if index == len(asked):
-                    refused = judge_answers(recorder.answers, judge, known_refused)
-                    recorder.take_up(refused)
-                if index < recorder.done:
-                    continue
-                batch = samples[name][start : start + size]
-                if index < len(asked):
-                    recorder.ask(batch)
-                else:
-                    own = recorder.own_refusals(name, start, len(batch), refused)
-                    recorder.read(batch, own)
-                recorder.done += 1
-                progress.update()
-                if resume and time.monotonic() - saved >= resuming.SAVE_SECONDS:
-                    recorder.save(resume, of)
-                    saved = time.monotonic()
-    finally:
-        model.train(was_training)
-        if resume:
-            recorder.save(resume, of)
+    known = {"malicious": known_refused}
+    given = {name: PromptFacts.of(items, known.get(name, 0)) for name, items in samples.items()}
+    kept = collection.begin(recorder.work(), given, resume, update)
+    if ("exposed" in kept.prompts) != ("neutral" in kept.prompts):
+        raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
+    for items in list(samples.values())[:1]:
+        check_contributions(model, recorder.sites, collate(processor, items[:1], ()).inputs)
+    if kept.begun:
+        recorder.load(kept)
+
+    def run(description: str, total: dict[str, int], done: dict[str, int], compute: Callable, keep: Callable) -> None:
+        run_batches(
+            model,
+            total,
+            done,
+            lambda name, start, stop: compute(name, kept.batch(samples, name, start, stop), start),
+            keep,
+            size=first_size(recipe.batch_size, model),
+            description=description,
+            save=lambda: recorder.save(kept),
+        )
+
+    asked = {"malicious": kept.counts["malicious"]}
+    run("Answering", asked, {"malicious": len(recorder.answers)}, recorder.ask, recorder.hear)
+    recorder.take_up(judge_answers(recorder.answers, judge, kept.prompts["malicious"].known))
+    run("Recording turns", kept.counts, recorder.done, recorder.read, recorder.keep)
+    if kept.path and not kept.path.exists():
+        recorder.save(kept)  # of an update without new prompts
     asked_by = f"{getattr(judge, '__module__', '')}.{getattr(judge, '__qualname__', type(judge).__qualname__)}"
-    return replace(recorder.turns(samples, refused), origin=origin(model, samples, judge=asked_by))
+    prompts, turns = recorder.turns(kept.prompts)
+    return replace(turns, origin=origin(model, prompts, judge=asked_by))
 
 
-def judge_answers(answers: Sequence[str], judge: Callable[[str], bool], known_refused: int) -> list[bool]:
-    """Which malicious prompts are refused, the last `known_refused` of them in any case.
+def judge_answers(answers: Sequence[str], judge: Callable[[str], bool], known_refused: Sequence[int]) -> list[bool]:
+    """Which malicious prompts are refused, those of the indices `known_refused` in any case.
 
     Raises:
         ValueError: fewer than `MIN_REFUSED` are.
     """
-    refused = [judge(answer) or i >= len(answers) - known_refused for i, answer in enumerate(answers)]
+    known = set(known_refused)
+    refused = [judge(answer) or i in known for i, answer in enumerate(answers)]
     if sum(refused) < MIN_REFUSED:
         shown = next((answer for answer, is_one in zip(answers, refused, strict=True) if not is_one), "")
         raise ValueError(
@@ -139,6 +137,9 @@ def judge_answers(answers: Sequence[str], judge: Callable[[str], bool], known_re
     return refused
 
 
+Recorded = dict[str, torch.Tensor]  # of a batch, under "gate" (B, d), under every site's name (B, 1 + T, d); float32
+
+
 class _Recorder:
     """Collects answers and activations, batch by batch."""
 
@@ -146,39 +147,57 @@ class _Recorder:
         self.model, self.processor, self.recipe = model, processor, recipe
         self.sites, self.gate_site = recipe.find_sites(model), recipe.gate_site(model)
         self.prompt_end = generation_prompt(processor)
-        self.done = 0
         self.answers: list[str] = []
-        self.refused: list[bool] | None = None
+        self.refused: list[bool] = []
         self.refusals: list[str] = []
-        self.parts: dict[str, list[torch.Tensor]] = {"gate": [], **{str(s): [] for s in self.sites}}
+        self.parts: dict[str, list[Recorded]] = {}
 
-    def ask(self, samples: Sequence[Sample]) -> None:
+    def work(self) -> dict[str, Any]:
+        """What the recording depends on beside the prompts."""
+        settings = {"sites": list(map(str, self.sites)), "gate_site": str(self.gate_site), "steps": self.recipe.steps}
+        return collection.describe("turns", self.model, self.processor, settings)
+
+    @property
+    def done(self) -> dict[str, int]:
+        """How many prompts of every class are recorded."""
+        return {name: sum(len(part["gate"]) for part in parts) for name, parts in self.parts.items()}
+
+    def ask(self, name: str, samples: Sequence[Sample], start: int) -> list[str]:
         """Have the model answer one batch."""
-        self.answers += generate_answers(self.model, self.processor, samples, 2 * self.recipe.steps, len(samples))
+        return generate_answers(self.model, self.processor, samples, 2 * self.recipe.steps, len(samples))
+
+    def hear(self, name: str, answers: list[str]) -> None:
+        """Keep what `ask` gave."""
+        self.answers = self.answers + answers
 
     def take_up(self, refused: list[bool]) -> None:
-        """Hear which answers are refusals."""
-        if self.refused not in (None, refused):
-            raise ValueError("What is resumed was recorded with another judge; delete it or name another file.")
+        """Hear which answers are refusals.
+
+        Raises:
+            ValueError: not as they were when prompts were recorded.
+        """
+        if self.refused != refused[: len(self.refused)]:
+            raise ValueError(
+                "What was recorded earlier was with another judge, to whom other answers were refusals; pass that one "
+                "as `judge=`, or delete the file or name another."
+            )
         self.refused = refused
-        self.refusals = [answer for answer, is_one in zip(self.answers, refused, strict=True) if is_one]
+        # The first ones alone, which stay the first when prompts are added.
+        self.refusals = [a for a, is_one in zip(self.answers, refused, strict=True) if is_one][:MIN_REFUSED]
 
-    def own_refusals(self, name: str, start: int, count: int, refused: Sequence[bool]) -> list[str]:
-        """The refusal to record after each prompt of a batch: the model's own, or another prompt's in turn."""
-        texts = []
-        for index in range(start, start + count):
-            own = name == "malicious" and refused[index]
-            texts.append(self.answers[index] if own else self.refusals[index % len(self.refusals)])
-        return texts
+    def refusal_after(self, name: str, index: int) -> str:
+        """The refusal to record after a prompt: the model's own, or another prompt's in turn."""
+        own = name == "malicious" and self.refused[index]
+        return self.answers[index] if own else self.refusals[index % len(self.refusals)]
 
-    @torch.no_grad()
-    def read(self, samples: Sequence[Sample], answers: Sequence[str]) -> None:
-        """Record one batch, its answers forced."""
+    def read(self, name: str, samples: Sequence[Sample], start: int) -> Recorded:
+        """Record one batch, whose first prompt is the `start`-th of its class, with refusals forced."""
+        answers = [self.refusal_after(name, index) for index in range(start, start + len(samples))]
         inputs, labels = answered(self.processor, samples, answers, end=False)
         inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
         with record(self.model, [self.gate_site, *self.sites]) as activations:
             self.model.base_model(**inputs, use_cache=False)
-        parts: dict[str, list[torch.Tensor]] = {name: [] for name in self.parts}
+        parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("gate", *map(str, self.sites))}
         lengths = (labels != IGNORED).sum(dim=1)
         begins = inputs["attention_mask"].cpu().sum(dim=1) - lengths
         for row, (length, begin) in enumerate(zip(lengths.tolist(), begins.tolist(), strict=True)):
@@ -189,45 +208,52 @@ class _Recorder:
                 steps = torch.full((1, 1 + self.recipe.steps, known.shape[-1]), torch.nan)
                 steps[0, : len(known)] = known
                 parts[str(site)].append(steps)
-        joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
-        for name, tensor in joined.items():
-            if not torch.isfinite(tensor if name == "gate" else tensor[:, 0]).all():
+        joined = {place: torch.cat(tensors) for place, tensors in parts.items()}
+        for place, tensor in joined.items():
+            if not torch.isfinite(tensor if place == "gate" else tensor[:, 0]).all():
                 raise FloatingPointError(
-                    f"Activations ({name}) are not finite; check the model's weights, or load it in bfloat16 or "
+                    f"Activations ({place}) are not finite; check the model's weights, or load it in bfloat16 or "
                     "float32 if it is in float16."
                 )
-        for name, tensor in joined.items():
-            self.parts[name].append(tensor)
+        return joined
 
-    def save(self, path: Path, of: str) -> None:
+    def keep(self, name: str, found: Recorded) -> None:
+        """Keep what `read` gave."""
+        self.parts.setdefault(name, []).append(found)
+
+    def save(self, into: collection.Collection) -> None:
         """Write what was recorded so far."""
-        width = hidden_size(self.model)
-        tensors = {name: torch.cat(parts) if parts else torch.zeros(0, width) for name, parts in self.parts.items()}
-        notes = {"answers": json.dumps(self.answers), "refused": json.dumps(self.refused)}
-        resuming.save(path, tensors, of, done=str(self.done), **notes)
+        tensors = {f"{name}.{place}": h for name in self.parts for place, h in self._joined(name).items()}
+        into.save(tensors, self.done, answers=json.dumps(self.answers), refused=json.dumps(self.refused))
 
-    def load(self, tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> None:
+    def load(self, kept: collection.Collection) -> None:
         """Take up what `save` wrote."""
-        self.done, self.answers = int(notes["done"]), json.loads(notes["answers"])
-        self.refused = json.loads(notes["refused"])
-        self.parts = {name: [tensor] if len(tensor) else [] for name, tensor in tensors.items()}
+        self.answers, self.refused = json.loads(kept.notes["answers"]), json.loads(kept.notes["refused"])
+        found: dict[str, Recorded] = {}
+        for key, tensor in kept.tensors.items():
+            name, _, place = key.partition(".")
+            found.setdefault(name, {})[place] = tensor
+        self.parts = {name: [part] for name, part in found.items()}
 
-    def turns(self, samples: Mapping[str, Samples], refused: Sequence[bool]) -> Turns:
-        """All that was recorded."""
-        cells, groups, flags = [], [], []
-        for name, items in samples.items():
-            pictured = set(items.pictured)
-            cells += [Cell(name, kind, i in pictured) for i, kind in enumerate(items.kinds)]
+    def turns(self, prompts: Mapping[str, PromptFacts]) -> tuple[dict[str, PromptFacts], Turns]:
+        """All that was recorded, the prompts known to be refused before the others, and the prompts in that order."""
+        ordered, cells, groups, flags, recorded = {}, [], [], [], []
+        for name, facts in prompts.items():
+            order, found = facts.known_first(), self._joined(name)
+            if order != sorted(order):
+                facts, found = facts.take(order), {place: h[order] for place, h in found.items()}
+            ordered[name] = facts
+            pictured = set(facts.pictured)
+            cells += [Cell(name, kind, i in pictured) for i, kind in enumerate(facts.kinds)]
             # A prompt without a group shares nothing with any other.
-            groups += [labels or (f"{name} {i}",) for i, labels in enumerate(items.groups)]
-            flags += refused if name == "malicious" else [False] * len(items)
-        whole = {name: torch.cat(parts) for name, parts in self.parts.items()}
-        return Turns(
-            cells,
-            groups,
-            torch.tensor(flags),
-            self.prompt_end,
-            self.gate_site,
-            whole["gate"],
-            {site: whole[str(site)] for site in self.sites},
-        )
+            groups += [labels or (f"{name} {i}",) for i, labels in enumerate(facts.groups)]
+            flags += [self.refused[i] for i in order] if name == "malicious" else [False] * len(facts)
+            recorded.append(found)
+        whole = {place: torch.cat([part[place] for part in recorded]) for place in recorded[0]}
+        repaired = {site: whole[str(site)] for site in self.sites}
+        flags = torch.tensor(flags)
+        return ordered, Turns(cells, groups, flags, self.prompt_end, self.gate_site, whole["gate"], repaired)
+
+    def _joined(self, name: str) -> Recorded:
+        parts = self.parts[name]
+        return {place: torch.cat([part[place] for part in parts]) for place in parts[0]}

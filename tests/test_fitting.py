@@ -8,7 +8,7 @@ import torch
 from sklearn.covariance import ledoit_wolf
 
 import care_hf
-from care_hf import fitting, resume
+from care_hf import collecting, resume
 from care_hf.baselines import mean_difference
 from care_hf.diagnosis import Diagnosis, describe
 from care_hf.fitting import collect
@@ -160,19 +160,19 @@ def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, mon
     recipe = PAPER.replace(rank=4, attribution="random", batch_size=4)
     kept = tmp_path / "collected.safetensors"
     saves = []
-    save = fitting._Collector.save
+    save = collecting._Collector.save
 
-    def keep_a_copy(self, path, fingerprint, done):
-        save(self, path, fingerprint, done)
-        saves.append((done, path.read_bytes()))
+    def keep_a_copy(self, into):
+        save(self, into)
+        saves.append((sum(self.done.values()), into.path.read_bytes()))
 
-    monkeypatch.setattr(fitting._Collector, "save", keep_a_copy)
+    monkeypatch.setattr(collecting._Collector, "save", keep_a_copy)
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
     whole = care_hf.fit(model, *prompts, processor, recipe, resume=kept)
-    assert [done for done, _ in saves] == [1, 2, 3, 4, 5, 6, 7, 8, 8]
+    assert [done for done, _ in saves] == [4, 8, 12, 16, 20, 24, 28, 32]
     kept.write_bytes(saves[4][1])  # what a process killed after five batches leaves
     assert_same(bases(whole), bases(care_hf.fit(model, *prompts, processor, recipe, resume=kept)))
-    assert [done for done, _ in saves[9:]] == [6, 7, 8, 8]
+    assert [done for done, _ in saves[8:]] == [24, 28, 32]
 
 
 def test_sites_by_name_give_what_layers_and_component_give(testbed, prompts):

@@ -149,7 +149,7 @@ def test_prompts_known_to_be_refused_count_so_whatever_the_judge_says(testbed, f
         recipe=RECIPE,
         judge=lambda answer: False,
     )
-    assert found.refused[found.of("malicious")].tolist() == [False] * 4 + [True] * 16
+    assert found.refused[found.of("malicious")].tolist() == [True] * 16 + [False] * 4
     assert int(found.refused.sum()) == 16
 
 
@@ -202,17 +202,17 @@ def test_an_interrupted_recording_resumes_to_the_same_tensors(testbed, few, monk
             if len(calls) == at:
                 raise KeyboardInterrupt
             calls.append(None)
-            step(self, *arguments)
+            return step(self, *arguments)
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(turns._Recorder, name, interrupting)
             collect_turns(model, **few, processor=processor, recipe=RECIPE, resume=kept)
-        done.append(len(load_file(kept)["gate"]))
+        done.append(sum(len(h) for key, h in load_file(kept).items() if key.endswith(".gate")) if kept.exists() else 0)
     assert done == [0, 8, 8 + 8 + 4 + 8 + 8]
     steps = []
     with monkeypatch.context() as patched:
         read = turns._Recorder.read
-        patched.setattr(turns._Recorder, "read", lambda self, *a: (steps.append(1), read(self, *a)))
+        patched.setattr(turns._Recorder, "read", lambda self, *a: steps.append(1) or read(self, *a))
         patched.setattr(turns._Recorder, "ask", lambda self, *a: pytest.fail("asked again"))
         assert_same(collect_turns(model, **few, processor=processor, recipe=RECIPE, resume=kept), whole)
     assert len(steps) == 4 * 3 - 5
@@ -227,15 +227,15 @@ def test_a_killed_recording_goes_on_from_its_last_save(testbed, few, monkeypatch
     kept, copies = tmp_path / "turns.safetensors", []
     save = turns._Recorder.save
 
-    def keep_a_copy(self, path, of):
-        save(self, path, of)
-        copies.append(path.read_bytes())
+    def keep_a_copy(self, into):
+        save(self, into)
+        copies.append(into.path.read_bytes())
 
     with monkeypatch.context() as patched:
         patched.setattr(turns._Recorder, "save", keep_a_copy)
         patched.setattr(resume, "SAVE_SECONDS", 0)
         whole = collect_turns(model, **few, processor=processor, recipe=RECIPE, resume=kept)
-    assert len(copies) == 3 + 4 * 3 + 1
+    assert len(copies) == 3 + 4 * 3
     for copy in (copies[1], copies[8]):
         kept.write_bytes(copy)
         assert_same(collect_turns(model, **few, processor=processor, recipe=RECIPE, resume=kept), whole)
@@ -252,15 +252,16 @@ def test_files_of_other_work_are_not_resumed(testbed, few, tmp_path):
             collect_turns(model, **{**few, **changes}, processor=processor, recipe=recipe, resume=kept)
 
     refused("another collection", model=care_hf.load_testbed(1)[0])
-    for change in ({"steps": 5}, {"layers": (5,)}, {"gate_layer": 2}, {"component": "ffn"}, {"batch_size": 4}):
+    for change in ({"steps": 5}, {"layers": (5,)}, {"gate_layer": 2}, {"component": "ffn"}):
         refused("another collection", recipe=RECIPE.replace(**change))
     refused("another collection", neutral=few["neutral"][:-1])
     refused("another collection", malicious=few["malicious"][:-1], refused=few["malicious"][-1:])
     assert kept.read_bytes() == before
     known = iter([False])
     refused("another judge", judge=lambda answer: next(known, True))
-    # What is solved alone does not matter.
-    collect_turns(model, **few, processor=processor, recipe=RECIPE.replace(rank=2, beta=0.5), resume=kept)
+    # What is solved alone does not matter, nor does the size of batches.
+    recipe = RECIPE.replace(rank=2, beta=0.5, batch_size=4)
+    collect_turns(model, **few, processor=processor, recipe=recipe, resume=kept)
 
 
 # Solving

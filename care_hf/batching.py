@@ -1,0 +1,97 @@
+"""Run prompts through a model batch by batch: batches that do not fit are halved, and what is done is kept."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from . import resume
+from .interventions import evaluating
+
+AUTO_ON_ACCELERATOR, AUTO_ON_CPU = 128, 16  # with what batch_size="auto" begins
+
+Found = TypeVar("Found")
+logger = logging.get_logger(__name__)
+
+
+def first_size(batch_size: int | str, model: PreTrainedModel) -> int:
+    """With how many prompts per forward to begin: `batch_size`, or, if it is "auto", many for the model's device."""
+    if batch_size != "auto":
+        return batch_size
+    return AUTO_ON_CPU if model.device.type == "cpu" else AUTO_ON_ACCELERATOR
+
+
+def run_batches(
+    model: PreTrainedModel,
+    total: Mapping[str, int],
+    done: Mapping[str, int],
+    compute: Callable[[str, int, int], Found],
+    keep: Callable[[str, Found], None],
+    *,
+    size: int,
+    description: str,
+    save: Callable[[], None] | None = None,
+) -> None:
+    """Compute and keep every batch of every set, with the model in evaluation mode and no gradients.
+
+    Where memory does not suffice, the batch is halved and run again, and those after it are as small.
+
+    Args:
+        model: it comes back in the mode that it was in.
+        total: how many prompts there are of each set; a batch is of one set only.
+        done: how many of them, the first ones, need no work.
+        compute: what is found of a set's prompts from the second argument on and before the third; it changes nothing.
+        keep: takes in what was found of a set's next prompts.
+        size: how many prompts a batch has at first.
+        description: of the progress bar.
+        save: writes what was kept; called every `resume.SAVE_SECONDS`, at the end, and when anything is raised.
+
+    Raises:
+        torch.OutOfMemoryError: memory does not suffice for a single prompt.
+    """
+    progress = logging.tqdm(total=sum(total.values()), initial=sum(done.values()), desc=description, unit="prompt")
+    saved, unsaved = time.monotonic(), False
+    try:
+        with progress, evaluating(model), torch.no_grad():
+            for name, count in total.items():
+                start = done.get(name, 0)
+                while start < count:
+                    stop = min(start + size, count)
+                    found = _attempt(compute, name, start, stop)
+                    if found is None:
+                        size = (stop - start) // 2
+                        logger.warning(f"A batch of {stop - start} prompts does not fit into memory; halved to {size}.")
+                        continue
+                    unsaved = True  # before it is true: an interrupted `keep` may have finished
+                    keep(name, found)
+                    progress.update(stop - start)
+                    start = stop
+                    if save and time.monotonic() - saved >= resume.SAVE_SECONDS:
+                        save()
+                        saved, unsaved = time.monotonic(), False
+    finally:
+        # Also after Ctrl+C or a failing prompt: what was computed is not lost.
+        if save and unsaved:
+            save()
+
+
+def _attempt(compute: Callable[[str, int, int], Found], name: str, start: int, stop: int) -> Found | None:
+    """What `compute` finds; None if memory does not suffice for so many prompts."""
+    try:
+        return compute(name, start, stop)
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        if stop - start == 1:
+            raise torch.OutOfMemoryError(
+                f"Memory does not suffice for one prompt alone, number {start} of `{name}` (from 0): {error} Shorten "
+                "it or shrink its images, load the model in a smaller dtype, quantised or with device_map='auto', or "
+                "end what else is on the device."
+            ) from error
+    # Only here is the exception gone, and with its frames what the batch held.
+    clear_device_cache(garbage_collection=True)
+    return None

@@ -1,0 +1,267 @@
+"""Prompts to streamed moments of their attributed tokens, all that subspaces of modalities are solved from."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .adapters import unwrapped
+from .attribution import attribute_tokens, kept_count
+from .batching import first_size, run_batches
+from .collection import Collection, PromptFacts, begin, describe
+from .linalg import RunningCovariance
+from .modeling_care import CareForConditionalGeneration
+from .provenance import origin
+from .recipe import Recipe
+from .samples import Batch, Sample, Samples, collate, load_samples
+from .site_check import check_contributions
+from .sites import Site, hidden_size, record, visual_token_ids
+from .subspace import SafetySubspaces, fit_subspaces
+
+CLASSES = ("benign", "malicious")
+MODALITIES = ("visual", "text")
+COLLECTING_FIELDS = ("modalities", "attribution", "keep_visual", "keep_text", "seed")
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Streamed moments of the attributed tokens, per site, modality and class; all that subspaces are solved from.
+
+    Attributes:
+        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of
+            prompts.
+        prompts: number of prompts per class.
+        origin: of model and prompts, see `provenance.origin`.
+    """
+
+    moments: dict[Site, dict[str, dict[str, RunningCovariance]]]
+    prompts: dict[str, int]
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def at(self, sites: Iterable[Site]) -> "Statistics":
+        """Only some of the sites; one collection over many serves recipes that differ in their layers."""
+        return Statistics({site: self.moments[site] for site in sites}, self.prompts, self.origin)
+
+    def solve(self, recipe: Recipe) -> SafetySubspaces:
+        """Solve for the subspaces; cheap, so that one collection serves many ranks, centrings and fusions.
+
+        Raises:
+            ValueError: fewer attributed tokens than the rank, rank above d, or a benign covariance that is singular.
+        """
+        return fit_subspaces(
+            self.moments,
+            rank=recipe.rank,
+            centring=recipe.centring,
+            shrinkage=recipe.shrinkage,
+            projector=recipe.projector,
+            beta=0.0 if recipe.anchor == "none" else recipe.beta,
+            fusion=recipe.fusion,
+            fusion_weight=recipe.fusion_weight,
+            strength=recipe.strength,
+            metadata={
+                "recipe": json.dumps(recipe.to_dict()),
+                "prompts": json.dumps(self.prompts),
+                **self.origin,
+            },
+        )
+
+
+def collect(
+    model: PreTrainedModel,
+    benign: Iterable[Any] | None,
+    malicious: Iterable[Any] | None,
+    processor,
+    recipe: Recipe,
+    *,
+    resume: str | Path | None = None,
+    update: str | Path | None = None,
+) -> Statistics:
+    """Run every prompt once and stream the moments of its attributed tokens at the recipe's sites.
+
+    Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and
+    padding never count. Arguments and errors as in `fitting.fit`.
+    """
+    model = unwrapped(model)
+    check_unrepaired(model)
+    sites = recipe.find_sites(model)
+    given = {"benign": benign, "malicious": malicious}
+    samples = {name: load_samples(data, name) for name, data in given.items() if data is not None or update is None}
+    collector = _Collector(model, processor, recipe, sites)
+    collector.check_dimension()
+    kept = begin(
+        collector.work(),
+        {name: PromptFacts.of(items) for name, items in samples.items()},
+        Path(resume) if resume else None,
+        Path(update) if update else None,
+    )
+    if update is None:
+        collector.check(samples)
+    for items in list(samples.values())[:1]:
+        check_contributions(model, sites, collate(processor, items[:1], ()).inputs)
+    if kept.begun:
+        collector.load(kept)
+    run_batches(
+        model,
+        kept.counts,
+        dict(collector.done),
+        lambda name, start, stop: collector.read(
+            name, kept.batch(samples, name, start, stop), kept.prompts[name].digests[start:stop]
+        ),
+        collector.keep,
+        size=first_size(recipe.batch_size, model),
+        description="Collecting activations",
+        save=lambda: collector.save(kept),
+    )
+    if kept.path and not kept.path.exists():
+        collector.save(kept)  # of an update without new prompts
+    return Statistics(collector.moments, kept.counts, origin(model, kept.prompts))
+
+
+def check_unrepaired(model: PreTrainedModel) -> None:
+    """Assert that `model` is a base.
+
+    Raises:
+        TypeError: it is repaired.
+    """
+    if isinstance(model, CareForConditionalGeneration):
+        raise TypeError(
+            "The model is repaired already; fit on the base (`model.vlm`'s checkpoint), or call `disable()` to compare."
+        )
+
+
+Tokens = dict[Site, dict[str, torch.Tensor]]  # the attributed tokens of a batch, by modality float32 (n, d)
+
+
+class _Collector:
+    """Adds prompts to the moments, batch by batch."""
+
+    def __init__(self, model: PreTrainedModel, processor, recipe: Recipe, sites: Sequence[Site]):
+        self.model, self.processor, self.recipe, self.sites = model, processor, recipe, sites
+        self.image_tokens = visual_token_ids(model.config)
+        self.done = dict.fromkeys(CLASSES, 0)
+        self.whole = True
+        dimension = hidden_size(model)
+        self.moments = {
+            site: {m: {c: RunningCovariance(dimension) for c in CLASSES} for m in recipe.modalities} for site in sites
+        }
+
+    def work(self) -> dict[str, Any]:
+        """What the moments depend on beside the prompts."""
+        settings = {name: value for name, value in self.recipe.to_dict().items() if name in COLLECTING_FIELDS}
+        return describe("moments", self.model, self.processor, {"sites": list(map(str, self.sites)), **settings})
+
+    def check_dimension(self) -> None:
+        """Assert that the model has what the recipe asks for."""
+        recipe, dimension = self.recipe, hidden_size(self.model)
+        if recipe.rank > dimension:
+            raise ValueError(f"rank={recipe.rank} exceeds the hidden size d={dimension}; lower the rank.")
+        if "visual" in recipe.modalities and not self.image_tokens:
+            raise ValueError(
+                f"The configuration of {type(self.model).__name__} names no token in whose place images are, so visual "
+                "tokens cannot be told; use Recipe(modalities=('text',))."
+            )
+
+    def check(self, samples: Mapping[str, Samples]) -> None:
+        """Assert that all prompts are enough for the recipe, before any forward."""
+        for name, items in samples.items():
+            if "visual" in self.recipe.modalities and not items.pictured:
+                raise ValueError(
+                    f"No `{name}` prompt has an image, so there is no visual subspace to fit; add prompts with images, "
+                    "or use Recipe(modalities=('text',))."
+                )
+            for modality in self.recipe.modalities:
+                self._check_rank(name, items, modality)
+
+    def _check_rank(self, name: str, items: Samples, modality: str) -> None:
+        carriers = items.pictured if modality == "visual" else range(len(items))
+        if len(carriers) >= self.recipe.rank:
+            return  # each gives a token at least, so there is no need to tokenise them twice
+        batch = collate(self.processor, [items[i] for i in carriers], self.image_tokens, padding_side="right")
+        lengths = getattr(batch, modality).sum(dim=1).tolist()
+        keep = 1.0 if self.recipe.attribution == "all" else getattr(self.recipe, f"keep_{modality}")
+        total = sum(kept_count(n, keep) for n in lengths)
+        if total < self.recipe.rank:
+            raise ValueError(
+                f"rank={self.recipe.rank} exceeds the {total} {modality} tokens that {len(items)} `{name}` prompts "
+                f"give; give more prompts, raise keep_{modality}, or lower the rank."
+            )
+
+    def read(self, name: str, samples: Sequence[Sample], digests: Sequence[str]) -> tuple[int, Tokens]:
+        """Run one batch of class `name`: how many prompts it has, and their attributed tokens."""
+        # Right padding: no prompt token sees it under causal attention, and positions count from 0 in every family.
+        batch = collate(self.processor, samples, self.image_tokens, padding_side="right")
+        inputs = {key: value.to(self.model.device) for key, value in batch.inputs.items()}
+        with record(self.model, self.sites) as activations:
+            # The headless model: logits over the whole prompt would be the largest tensor of all.
+            self.model.base_model(**inputs, use_cache=False)
+        return len(samples), {s: self._attribute(name, s, activations[s], batch, digests) for s in self.sites}
+
+    def keep(self, name: str, found: tuple[int, Tokens]) -> None:
+        """Add what `read` gave to the moments."""
+        count, kept = found
+        self.whole = False
+        for site, tokens in kept.items():
+            for modality in self.recipe.modalities:
+                self.moments[site][modality][name].update(tokens[modality])
+        self.done[name] += count
+        self.whole = True
+
+    def _attribute(
+        self, name: str, site: Site, activations: torch.Tensor, batch: Batch, digests: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """The attributed tokens of a batch per modality, float32 (n, d)."""
+        real = (batch.visual | batch.text).to(activations.device)
+        if not torch.isfinite(activations[real]).all():
+            raise FloatingPointError(
+                f"Activations at site {site} are not finite on a {name} prompt; check the model's weights, or load it "
+                "in bfloat16 or float32 if it is in float16."
+            )
+        kept: dict[str, list[torch.Tensor]] = {"visual": [], "text": []}
+        for row, visual_mask, text_mask, digest in zip(activations, batch.visual, batch.text, digests, strict=True):
+            tokens = {"visual": row[visual_mask.to(row.device)].float(), "text": row[text_mask.to(row.device)].float()}
+            chosen = attribute_tokens(
+                tokens["visual"],
+                tokens["text"],
+                self.recipe.keep_visual,
+                self.recipe.keep_text,
+                method=self.recipe.attribution,
+                generator=self._generator(site, digest),
+            )
+            for modality, indices in zip(MODALITIES, chosen, strict=True):
+                kept[modality].append(tokens[modality][indices])
+        return {modality: torch.cat(tokens) for modality, tokens in kept.items()}
+
+    def _generator(self, site: Site, digest: str) -> torch.Generator | None:
+        """What tokens are drawn by: of each prompt its own, so that neither batches nor other prompts matter."""
+        if self.recipe.attribution != "random":
+            return None
+        seed = hashlib.sha256(f"{self.recipe.seed} {site} {digest}".encode()).digest()[:8]
+        return torch.Generator().manual_seed(int.from_bytes(seed, "big"))
+
+    def save(self, into: Collection) -> None:
+        """Write the moments so far, unless an interruption left them between two states."""
+        if not self.whole:
+            return
+        tensors = {}
+        for key, moments in self._named():
+            tensors.update({f"{key}.{field}": value.contiguous() for field, value in moments.state_dict().items()})
+        into.save(tensors, self.done)
+
+    def load(self, kept: Collection) -> None:
+        """Take up what `save` wrote."""
+        self.done |= kept.done
+        for site, modality, name in [(s, m, c) for s in self.sites for m in self.recipe.modalities for c in CLASSES]:
+            prefix = f"{site}.{modality}.{name}."
+            state = {key.removeprefix(prefix): value for key, value in kept.tensors.items() if key.startswith(prefix)}
+            self.moments[site][modality][name] = RunningCovariance.from_state(state)
+
+    def _named(self):
+        for site, by_modality in self.moments.items():
+            for modality, by_class in by_modality.items():
+                for name, moments in by_class.items():
+                    yield f"{site}.{modality}.{name}", moments

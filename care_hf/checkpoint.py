@@ -185,7 +185,7 @@ def _check_base(adapter, facts: dict[str, Any] | None, values: Any, model: PreTr
     )
     try:
         if facts is None:
-            raise ValueError("it is of an older format, which does not name its base")
+            raise ValueError("it does not name its base, as no file of `SafetySubspaces` or of the first format does")
         match = base_fingerprint.compare(facts, values, model)
     except ValueError as error:
         if other_base:

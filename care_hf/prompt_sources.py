@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .data_settings import SETTINGS
 from .loaders import load_cases
 from .prompt_files import FORMATS, read_rows
+from .shipped import shipped
 
 ACCEPTED = (
     f"a file ({', '.join(FORMATS)}), a folder of `datasets`, a data set of the Hub (owner/name, owner/name:split, "
@@ -79,7 +79,7 @@ class _Beside(Sequence):
 def _settings(name: str) -> tuple[Path, str] | None:
     """The file of settings of a benchmark set, and the part that is asked for."""
     for whole, part in ((name, ""), (name.rpartition(":")[0], name.rpartition(":")[2])):
-        for path in (Path(whole), SETTINGS / f"{whole}.yaml"):
+        for path in (Path(whole), shipped("configs") / "datasets" / f"{whole}.yaml"):
             if whole and path.suffix in (".yaml", ".yml") and path.is_file():
                 return path, part
     return None

@@ -2,7 +2,7 @@
 
 import typer
 
-from . import demo, evaluate, fit, share
+from . import demo, evaluate, fit, inform, share
 
 # At the end of every help page.
 EPILOG = (
@@ -24,6 +24,7 @@ for command in (
     share.merge,
     share.push,
     share.convert,
+    inform.info,
 ):
     app.command(**getattr(command, "settings", {}))(command)
 

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
+from .inform import SUMMARY, show_sections
 from .options import Device, Dtype, Json, Model, Out, Quiet, Recipe, batch_size
 from .voice import Voice
 
 DATA = "Prompts: files, folders, Hub ids, benchmark sets"
-Prompts = Annotated[str | None, typer.Option(metavar="DATA", rich_help_panel=DATA)]
 
 
 def fit(
@@ -35,7 +35,7 @@ def fit(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many prompts of each kind.", rich_help_panel=DATA)
     ] = None,
-    recipe: Recipe = "gated",
+    recipe: Recipe = None,
     diagnosis: Annotated[Path | None, typer.Option(help="Folder of one, for recipes with sites: auto.")] = None,
     update: Annotated[
         bool,
@@ -84,9 +84,9 @@ def fit(
         plan.run()
         found = inspect(out)
         voice.say(f"Fitted in {voice.elapsed}, saved in {out}.")
-        voice.facts(plan.summary)
+        show_sections(voice, found.sections(), SUMMARY)
         voice.next_steps(_next(str(out), model, adapter))
-        voice.result({"out": str(out), "seconds": voice.seconds, **found.to_dict()})
+        voice.result({"out": str(out), "seconds": round(voice.seconds), **found.to_dict()})
 
 
 def _next(out: str, model: str, adapter: bool) -> dict[str, str]:

@@ -25,7 +25,9 @@ BatchSize = Annotated[
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]
 OptionalModel = Annotated[str, typer.Argument(help="Folder or Hub id of a model; without, the bundled testbed.")]
 Checkpoint = Annotated[str, typer.Argument(help="Folder or Hub id of a repaired model.")]
-Recipe = Annotated[str, typer.Option(help="Name or YAML file of a recipe; gated unless given.")]
+Recipe = Annotated[
+    str | None, typer.Option(help="Name or YAML file: gated unless given, paper, llava-1.5-7b ...; see configs/.")
+]
 Out = Annotated[Path, typer.Option(help="Folder to write to; an earlier, unfinished run there is taken up.")]
 
 

@@ -1,10 +1,17 @@
-"""Progress where there is no terminal: a line now and then."""
+"""Progress where there is no terminal: a line now and then, or nothing."""
 
 import sys
 
 from tqdm.std import tqdm
 
 from .voice import SECONDS, duration
+
+
+class Silent(tqdm):
+    """A tqdm bar that shows nothing."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **{**kwargs, "disable": True})
 
 
 class Lines(tqdm):
@@ -19,7 +26,7 @@ class Lines(tqdm):
         done, total = now["n"], now["total"]
         if done == now["initial"] or done == total:
             return
-        line = f"  {now['prefix'] or 'Working'}: {done} of {total or '?'} ({now['unit']}), "
+        line = f"  {now['prefix'].removesuffix(': ') or 'Working'}: {done} of {total or '?'} ({now['unit']}), "
         line += f"{duration(now['elapsed'])} elapsed"
         if total and done > now["initial"]:
             left = now["elapsed"] * (total - done) / (done - now["initial"])

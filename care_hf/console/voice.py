@@ -61,9 +61,14 @@ class Voice:
             sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
 
     @property
+    def seconds(self) -> float:
+        """Since the command began."""
+        return time.monotonic() - self.started
+
+    @property
     def elapsed(self) -> str:
-        """Time since the command began, as words."""
-        return duration(time.monotonic() - self.started)
+        """The same as words."""
+        return duration(self.seconds)
 
     @contextmanager
     def command(self) -> Iterator["Voice"]:
@@ -72,9 +77,9 @@ class Voice:
         Raises:
             typer.Exit: with `MISTAKE` or `INTERRUPTED`.
         """
-        self._quieten()
         try:
-            yield self
+            with self._libraries():
+                yield self
         except KeyboardInterrupt as error:
             self._fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from error
@@ -91,17 +96,26 @@ class Voice:
         )
         self.result({"error": message, "exit_code": code})
 
-    def _quieten(self) -> None:
-        """Leave progress bars to a terminal; elsewhere they become a line now and then, or nothing."""
+    @contextmanager
+    def _libraries(self) -> Iterator[None]:
+        """What libraries say: progress bars in a terminal, elsewhere a line now and then; or nothing."""
+        bars = not self.quiet and sys.stderr.isatty()
+        if not bars:
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when `datasets` is imported
         from transformers.utils import logging
 
-        logging.set_verbosity_error() if self.quiet else logging.set_verbosity_warning()
-        if self.quiet:
-            logging.disable_progress_bar()
-        elif not sys.stderr.isatty():
-            from .progress import Lines
+        from .progress import Lines, Silent
 
-            logging.set_tqdm_hook(lambda factory, args, kwargs: Lines(*args, **kwargs))
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR if self.quiet else logging.WARNING)
+        other = Silent if self.quiet else Lines
+        hook = None if bars else lambda factory, args, kwargs: other(*args, **kwargs)
+        before = logging.set_tqdm_hook(hook)
+        try:
+            yield
+        finally:
+            logging.set_tqdm_hook(before)
+            logging.set_verbosity(verbosity)
 
 
 def duration(seconds: float) -> str:

@@ -74,10 +74,10 @@ def table(rows: dict[str, tuple[Measured, dict]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="which checkpoint")
-    parser.add_argument("--trials", type=int, default=60)
-    parser.add_argument("--searches", type=int, default=3, help="of each sampler, with seeds of their own")
+    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--searches", type=int, default=2, help="of each sampler, with seeds of their own")
     parser.add_argument("--starts", action="store_true", help="begin with the recipes")
-    parser.add_argument("--n", type=int, default=32, help="validation prompts of every set")
+    parser.add_argument("--n", type=int, default=24, help="validation prompts of every set")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -87,8 +87,7 @@ def main() -> None:
     plan = tune_job.prepare("", (), None, arguments.seed, arguments.n, arguments.trials, **options)
     print(f"checkpoint {arguments.seed}, {plan.summary}", flush=True)
     begun = time.monotonic()
-    given = {name: value for name, value in plan.prompts.items()}
-    solver = Solver(plan.model, plan.processor, given, plan.space, plan.options["is_refusal"])
+    solver = Solver(plan.model, plan.processor, plan.prompts, plan.space, plan.options["is_refusal"])
     arguments.out.mkdir(parents=True, exist_ok=True)
     solver.collect(arguments.out)
     print(f"collected once: {time.monotonic() - begun:.0f} s", flush=True)

@@ -60,7 +60,9 @@ ORDER = [
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
     {"batching", "collection", "repair_files", "inspection_text"},
-    {"provenance", "inspection"},
+    {"provenance", "inspection", "search_space", "tuning_measures"},
+    {"tuning_choice"},
+    {"tuning_study"},
     {"collecting", "turns", "attacks", "preference_steering", "tracing", "token_attribution", "folding", "merge_files"},
     {"mergeability"},
     {"merged_model", "merge_check"},
@@ -69,17 +71,19 @@ ORDER = [
     {"mediation"},
     {"turn_repair", "adaptive", "checkpoint", "defences", "universal_attack", "neurons"},
     {"diagnosis", "measuring", "figure_parts", "inspecting"},
-    {"diagnosis_figures"},
+    {"diagnosis_figures", "tuning_figure"},
+    {"tuned"},
     {"site_choice", "model_card"},
     {"hub_push"},
     {"fitting"},
-    {"diagnosing"},
+    {"diagnosing", "tuning_solver"},
+    {"tuning"},
     {"baselines", "rivals", "testbed", "evaluation_run"},
     {"evaluation"},
     {"training", "demo"},
     {"comparison"},
     {"opening", "prompt_sources"},
-    {"evaluate_job", "diagnose_job", "fit_job", "push_job"},
+    {"evaluate_job", "diagnose_job", "fit_job", "push_job", "tune_job"},
 ]
 REMOTE_CODE = {
     "modeling_care",
@@ -148,7 +152,7 @@ def test_only_the_console_prints():
 
 
 def test_importing_loads_no_heavy_library():
-    heavy = ("scipy", "datasets", "sklearn", "typer", "peft")
+    heavy = ("scipy", "datasets", "sklearn", "typer", "peft", "optuna")
     code = f"import sys, care_hf; print(*[m for m in {heavy} if m in sys.modules])"
     baseline = code.replace(
         "care_hf", "transformers; from transformers import PreTrainedModel, AutoModelForImageTextToText"

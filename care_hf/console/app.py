@@ -2,7 +2,7 @@
 
 import typer
 
-from . import demo, evaluate, fit, inform, share
+from . import demo, evaluate, fit, inform, share, tune
 
 # At the end of every help page.
 EPILOG = (
@@ -20,6 +20,7 @@ for command in (
     demo.demo,
     evaluate.diagnose,
     fit.fit,
+    tune.tune,
     evaluate.evaluate,
     share.merge,
     share.push,

@@ -25,9 +25,7 @@ def tune(
     max_divergence: Annotated[
         float | None, typer.Option(help="Nats per token from the base on benign prompts that are allowed.")
     ] = None,
-    max_over_refusal: Annotated[
-        float | None, typer.Option(help="Share of benign prompts that may be refused.")
-    ] = None,
+    max_over_refusal: Annotated[float | None, typer.Option(help="Share of benign prompts that may be refused.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 32,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler; of the testbed, which checkpoint.")] = 0,
@@ -60,7 +58,8 @@ def tune(
         )
         voice.say(f"Tries {plan.summary}.")
         found = plan.run(out)
-        voice.say(f"Tried in {voice.elapsed}. {found.told}")
-        voice.say(f"Written to {out}: recipe.yaml, tuning.md, tuning.json, pareto.png")
+        voice.say(f"Tried in {voice.elapsed}. {found.rule}")
+        voice.facts(job.facts(found))
+        voice.say(f"Written to {out}: recipe.yaml, repair.safetensors, tuning.md, tuning.json, pareto.png")
         voice.next_steps({f"care fit MODEL ... --recipe {out}/recipe.yaml --out repaired": "fit what was chosen"})
         voice.result({"out": str(out), **found.to_dict()})

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-from care_hf_console.app import app
 from typer.testing import CliRunner
 
 from care_hf import comparison, evaluate_job, evaluation_run
@@ -21,6 +20,7 @@ from care_hf.suite import Suite
 from care_hf.testbed.suite import FitPrompts, load_suite
 from care_hf.testbed.world import ATTACKS, REFUSAL
 from care_hf.training import Specification, Trainer
+from care_hf_console.app import app
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "evaluation").glob("*.yaml"))
 # What a rival's training takes, beside what the trainer takes for itself.

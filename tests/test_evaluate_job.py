@@ -4,7 +4,6 @@ import json
 
 import pytest
 import yaml
-from care_hf_console.app import app
 from typer.testing import CliRunner
 
 from care_hf.judges import ChoiceJudge, KeywordJudge, WordJudge
@@ -12,6 +11,7 @@ from care_hf.model_judges import ClassifierJudge, ToxicityJudge, load_judge
 from care_hf.prompt_files import PromptSets
 from care_hf.suite import Case
 from care_hf.testbed import DATA
+from care_hf_console.app import app
 
 
 def write_rows(path, rows):

@@ -83,7 +83,7 @@ ORDER = [
     {"training", "demo"},
     {"comparison"},
     {"opening", "prompt_sources"},
-    {"evaluate_job", "diagnose_job", "fit_job", "push_job", "tune_job"},
+    {"evaluate_job", "diagnose_job", "fit_job", "push_job", "tune_job", "convert_job"},
 ]
 REMOTE_CODE = {
     "modeling_care",

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from care_hf.opening import open_model
 from care_hf.prompt_sources import read_source
 from care_hf.samples import load_samples
-from care_hf.testbed import DATA
+from care_hf.testbed import DATA, load_testbed
 from care_hf.testbed.files import write_files
 from care_hf.testbed.prompts import fit_prompts
 
@@ -113,7 +113,7 @@ def test_the_testbeds_files_are_its_prompts(tmp_path, world):
         assert (read.digests, read.kinds, read.groups) == (meant.digests, meant.kinds, meant.groups)
         assert counts[name] == len(meant)
     stored = LlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype="auto")
-    bundled = LlavaForConditionalGeneration.from_pretrained(DATA / "seed1", dtype="auto")
+    bundled, _ = load_testbed(1)
     assert all(torch.equal(a, b) for a, b in zip(stored.parameters(), bundled.parameters(), strict=True))
 
 

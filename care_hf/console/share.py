@@ -78,9 +78,9 @@ def convert(
     """Read and write foreign formats; `care convert FORMAT --help` explains each."""
     voice = Voice()
     with voice.command():
-        from care_hf.shipped import converter
+        from care_hf.convert_job import convert as job
 
-        voice.say(converter(form)(context.args))
+        voice.say(job(form, context.args))
 
 
 # What follows the format is for the converter, `--help` too.

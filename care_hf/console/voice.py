@@ -37,7 +37,7 @@ class Voice:
 
     def facts(self, facts: Mapping[str, Any]) -> None:
         """What was found, indented, a line each; None is left out."""
-        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
         grid.add_column(no_wrap=True)
         grid.add_column(overflow="fold")
         for label, value in facts.items():

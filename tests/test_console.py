@@ -202,7 +202,7 @@ PROMPTS = "--benign B --malicious M --out OUT"
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("fit MODEL --out OUT", "A fit needs prompts to grant and to refuse; give --benign and --malicious"),
+        ("fit MODEL --out OUT", "A fit needs --benign and --malicious: prompts to grant and to refuse"),
         ("fit nowhere/at/all --out OUT", "'nowhere/at/all' is no folder, and no id of a model on the Hub"),
         ("fit FILES --out OUT", "holds no config.json, so no model"),
         ("fit MODEL --benign x.jsonl --malicious M --out OUT", "No prompts are called 'x.jsonl'; give a file"),

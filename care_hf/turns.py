@@ -91,10 +91,12 @@ def record_turns(
     kept = collection.begin(recorder.work(), given, resume, update)
     if ("exposed" in kept.prompts) != ("neutral" in kept.prompts):
         raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
-    for items in list(samples.values())[:1]:
-        check_contributions(model, recorder.sites, collate(processor, items[:1], ()).inputs)
     if kept.begun:
         recorder.load(kept)
+    known_ones = kept.prompts["malicious"].known
+    recorder.check_judge(judge, known_ones)
+    for items in list(samples.values())[:1]:
+        check_contributions(model, recorder.sites, collate(processor, items[:1], ()).inputs)
 
     def run(description: str, total: dict[str, int], done: dict[str, int], compute: Callable, keep: Callable) -> None:
         run_batches(
@@ -110,31 +112,13 @@ def record_turns(
 
     asked = {"malicious": kept.counts["malicious"]}
     run("Answering", asked, {"malicious": len(recorder.answers)}, recorder.ask, recorder.hear)
-    recorder.take_up(judge_answers(recorder.answers, judge, kept.prompts["malicious"].known))
+    recorder.judge(judge, known_ones)
     run("Recording turns", kept.counts, recorder.done, recorder.read, recorder.keep)
     if kept.path and not kept.path.exists():
         recorder.save(kept)  # of an update without new prompts
     asked_by = f"{getattr(judge, '__module__', '')}.{getattr(judge, '__qualname__', type(judge).__qualname__)}"
     prompts, turns = recorder.turns(kept.prompts)
     return replace(turns, origin=origin(model, prompts, judge=asked_by))
-
-
-def judge_answers(answers: Sequence[str], judge: Callable[[str], bool], known_refused: Sequence[int]) -> list[bool]:
-    """Which malicious prompts are refused, those of the indices `known_refused` in any case.
-
-    Raises:
-        ValueError: fewer than `MIN_REFUSED` are.
-    """
-    known = set(known_refused)
-    refused = [judge(answer) or i in known for i, answer in enumerate(answers)]
-    if sum(refused) < MIN_REFUSED:
-        shown = next((answer for answer, is_one in zip(answers, refused, strict=True) if not is_one), "")
-        raise ValueError(
-            f"The model refuses {sum(refused)} of {len(answers)} malicious prompts, and at least {MIN_REFUSED} are "
-            "needed to learn what it does when it refuses. Add harmful requests in plain words that it refuses, pass "
-            f"such as `refused=`, or pass a `judge=` if refusals read otherwise; an answer taken for none: {shown!r}."
-        )
-    return refused
 
 
 Recorded = dict[str, torch.Tensor]  # of a batch, under "gate" (B, d), under every site's name (B, 1 + T, d); float32
@@ -170,16 +154,33 @@ class _Recorder:
         """Keep what `ask` gave."""
         self.answers = self.answers + answers
 
-    def take_up(self, refused: list[bool]) -> None:
-        """Hear which answers are refusals.
+    def check_judge(self, judge: Callable[[str], bool], known: Sequence[int]) -> None:
+        """Assert that answers are judged as they were when prompts were recorded.
 
         Raises:
-            ValueError: not as they were when prompts were recorded.
+            ValueError: they are not.
         """
-        if self.refused != refused[: len(self.refused)]:
+        if self.refused != _judged(self.answers[: len(self.refused)], judge, known):
             raise ValueError(
                 "What was recorded earlier was with another judge, to whom other answers were refusals; pass that one "
                 "as `judge=`, or delete the file or name another."
+            )
+
+    def judge(self, judge: Callable[[str], bool], known: Sequence[int]) -> None:
+        """Find out which answers are refusals, those to the prompts `known` in any case.
+
+        Raises:
+            ValueError: fewer than `MIN_REFUSED` are.
+        """
+        before = len(self.refused)
+        refused = self.refused + _judged(self.answers[before:], judge, [i - before for i in known])
+        if sum(refused) < MIN_REFUSED:
+            shown = next((answer for answer, is_one in zip(self.answers, refused, strict=True) if not is_one), "")
+            raise ValueError(
+                f"The model refuses {sum(refused)} of {len(refused)} malicious prompts, and at least {MIN_REFUSED} are "
+                "needed to learn what it does when it refuses. Add harmful requests in plain words that it refuses, "
+                "pass such as `refused=`, or pass a `judge=` if refusals read otherwise; an answer taken for none: "
+                f"{shown!r}."
             )
         self.refused = refused
         # The first ones alone, which stay the first when prompts are added.
@@ -257,3 +258,9 @@ class _Recorder:
     def _joined(self, name: str) -> Recorded:
         parts = self.parts[name]
         return {place: torch.cat([part[place] for part in parts]) for place in parts[0]}
+
+
+def _judged(answers: Sequence[str], judge: Callable[[str], bool], known: Sequence[int]) -> list[bool]:
+    """Which answers are refusals: those that `judge` takes for such, and those of the indices `known`."""
+    certain = set(known)
+    return [judge(answer) or i in certain for i, answer in enumerate(answers)]

@@ -13,7 +13,7 @@ from .checkpoint import ADAPTER_FILE
 from .configuration_care import FORMAT, CareConfig, hub_name
 from .inspection import Inspection, describe, sizes
 from .loading import INDEX, check_source, compare_digests, digest_of, named_errors, of_the_repair
-from .repair_files import repair_of
+from .repair_files import base_class, repair_of
 from .subspace import SafetySubspaces
 from .tensor_files import HubFiles, LocalFiles, Stored, stored
 
@@ -53,7 +53,8 @@ def inspect(source: str | os.PathLike, *, revision: str | None = None, token: st
     config = files.path("config.json")
     if config is not None and isinstance(files, HubFiles):
         files = files.pinned(config)
-    values = {} if config is None else CareConfig.get_config_dict(config.parent)[0]
+    with named_errors(source):
+        values = {} if config is None else CareConfig.get_config_dict(config.parent)[0]
     if values.get("model_type") == CareConfig.model_type:
         return _of_checkpoint(files, values, source, token)
     adapter = files.path(ADAPTER_FILE)
@@ -119,12 +120,12 @@ def _headers(files: LocalFiles | HubFiles) -> dict[str, dict[str, Stored]]:
 
 def _base_of(config: CareConfig) -> dict[str, Any]:
     base, text = config.vlm_config, config.get_text_config()
-    quantisation = getattr(base, "quantization_config", None)
+    quantisation = getattr(config, "quantization_config", None)  # its own, or the base's
     quantisation = quantisation.to_dict() if hasattr(quantisation, "to_dict") else quantisation or {}
     method = quantisation.get("quant_method")
     return {
         "name": hub_name(base),
-        "class": next(iter(base.architectures or ()), None),
+        "class": base_class(config),
         "model_type": base.model_type,
         "layers": text.num_hidden_layers,
         "hidden_size": text.hidden_size,

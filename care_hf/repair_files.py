@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .configuration_care import CareConfig
+from .configuration_care import CareConfig, auto_class
 from .gating import Gate, GateReader, TurnProjection
 from .loading import check_keys, of_the_repair
 from .projection import MODALITIES, SafetyProjection
@@ -60,6 +60,18 @@ def repair_of(
     return _subspaces(config, parts), tensors
 
 
+def base_class(config: CareConfig) -> str:
+    """The name of the base's class.
+
+    Raises:
+        TypeError: no Auto class knows it.
+    """
+    base = config.vlm_config
+    if base.architectures:
+        return base.architectures[0]
+    return auto_class(base)._model_mapping[type(base)].__name__  # of a base that was never saved by itself
+
+
 def _parts(config: CareConfig) -> dict[str, nn.Module]:
     """The modules that the configuration says, without memory for their buffers."""
     text = config.get_text_config()
@@ -76,8 +88,7 @@ def _parts(config: CareConfig) -> dict[str, nn.Module]:
                 parts[f"sites.{entry['site']}"] = TurnProjection(*sizes, entry["steps"], oblique)
         if config.gate:
             gate = config.gate
-            name = next(iter(config.vlm_config.architectures or ()), config.vlm_config.model_type)
-            check_vocabulary(gate["prompt_end"], text.vocab_size, name)
+            check_vocabulary(gate["prompt_end"], text.vocab_size, base_class(config))
             parts["gate"] = GateReader(text.hidden_size, gate["required"], gate["alarms"], gate["pictured"])
     return parts
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import optuna
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,6 +24,7 @@ from care_hf.search_space import FAMILIES, Choice, Range, Space
 from care_hf.sites import runs_before
 from care_hf.subspace import SafetySubspaces
 from care_hf.suite import Suite
+from care_hf.testbed import DATA
 from care_hf.testbed.prompts import fit_prompts
 from care_hf.testbed.suite import load_suite
 from care_hf.testbed.world import REFUSAL, World
@@ -447,6 +449,35 @@ def test_the_testbeds_test_split_is_never_asked(tmp_path, monkeypatch):
     found.check_unseen([case for cases in load_suite("test", 4).sets.values() for case in cases])
     with pytest.raises(ValueError, match=r"1 of 1 prompts were fitted or chosen on"):
         found.check_unseen(cases[-1:])
+
+
+def test_a_named_model_is_tuned_on_files_of_text_alone(tmp_path, world):
+    def write(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return name
+
+    texts = {
+        "benign": [s.text for s in world.benign("split", "fit", 40)],
+        "malicious": [s.text for s in world.plain("fit", 80) if s.image is None],
+        "split": [s.text for s in world.attack("split", "fit", 16)],
+    }
+    files = {name: write(f"{name}.jsonl", [{"text": text} for text in set(own)]) for name, own in texts.items()}
+    files["attacks"] = {"split": files.pop("split")}
+    (tmp_path / "prompts.yaml").write_text(yaml.safe_dump(files))
+    rows = [("safe", s.text) for s in world.benign("split", "validation", 4)]
+    rows += [("unsafe", s.text) for s in world.plain("validation", 16) if s.image is None][:4]
+    columns = {"focus": "", "type": "t", "note": ""}
+    write("test.jsonl", [{"prompt": text, **columns, "label": label} for label, text in rows])
+    source = yaml.safe_load((DATA.parents[2] / "configs" / "datasets" / "xstest.yaml").read_text())
+    (tmp_path / "xstest.yaml").write_text(yaml.safe_dump({**source, "id": str(tmp_path / "test.jsonl")}))
+    plan = tune_job.prepare(
+        str(DATA / "seed0"), [str(tmp_path / "xstest.yaml")], tmp_path / "prompts.yaml", 0, 4, 2, max_new_tokens=NEW
+    )
+    found = plan.run(tmp_path / "out")
+    # It refuses what is forbidden by itself, and a recipe of the paper has no visual subspace to fit.
+    assert found.undefended.success.n == 4 and found.undefended.success.count == 0
+    assert found.trials[1].recipe.modalities == ("text",) and found.trials[1].state != UNSOLVED
+    assert (tmp_path / "out" / "tuning.md").read_text().count("(chosen)") == 1
 
 
 @pytest.mark.parametrize(

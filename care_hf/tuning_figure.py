@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .figure_parts import new_figure, save_figure
-from .tuning_choice import COMPLETE, Rule, Trial
+from .tuning_choice import COMPLETE, DOMINATED, Rule, Trial
 from .tuning_measures import Measured
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ LINEAR_BELOW = 1e-3  # nats a token: many divergences are 0, which a logarithmic
 def draw_front(
     trials: Sequence[Trial], front: Sequence[Trial], chosen: Trial, rule: Rule, undefended: Measured, path: str | Path
 ) -> None:
-    """Write a figure of all complete trials, attack success against divergence.
+    """Write a figure of all trials that have a repair, attack success against divergence.
 
     Args:
-        trials: all.
+        trials: all; those that were pruned as they stood after the first part of the prompts.
         front: the Pareto front, with intervals and a line.
         chosen: is ringed.
         rule: whose limit of the divergence is drawn.
@@ -46,7 +46,10 @@ def _draw(trials, front, chosen, rule, undefended) -> "Figure":
     figure = new_figure((6.4, 4.2))
     axes = figure.subplots()
     complete = [trial for trial in trials if trial.state == COMPLETE]
+    pruned = [trial.measured.objectives[::-1] for trial in trials if trial.state == DOMINATED]
     axes.set_xscale("symlog", linthresh=LINEAR_BELOW)
+    if pruned:
+        axes.scatter(*zip(*pruned, strict=True), s=9, color="0.7", marker="s", label="pruned", zorder=2)
     for name, by_turn in zip(STYLES, (True, False), strict=True):
         own = [trial for trial in complete if trial.recipe.by_turn == by_turn]
         for on_front, filling in ((True, STYLES[name]["color"]), (False, "white")):

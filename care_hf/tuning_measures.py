@@ -115,17 +115,14 @@ class Validation:
 
     def measure(self, model: nn.Module, part: int) -> Measured:
         """Ask `model` one part."""
-        verdicts, divergences = {}, []
-        for name, cases in self.parts[part].items():
-            if not name.startswith(BENIGN):
-                verdicts[name] = self._count(cases, self._answers(model, cases))
-        benign = self._benign(part)
+        harmful = {name: cases for name, cases in self.parts[part].items() if not name.startswith(BENIGN)}
+        verdicts = {name: self._count(cases, self._answers(model, cases)) for name, cases in harmful.items()}
         answers, divergences = self._beside_base(model, part)
         for name, cases in self.parts[part].items():
             if name.startswith(BENIGN):
                 verdicts[name] = self._count(cases, answers[: len(cases)])
                 answers = answers[len(cases) :]
-        return Measured(verdicts, divergences[: len(benign)])
+        return Measured(verdicts, divergences)
 
     def undefended(self) -> Measured:
         """What the base does, with all prompts."""

@@ -1,4 +1,4 @@
-"""Record the console in a terminal of 80 columns: ``python benchmarks/console_recordings.py`` writes docs/console.md.
+"""Record the console in a terminal of 80 columns: ``python benchmarks/console_recordings.py`` renews docs/console.md.
 
 Everything runs on the bundled testbed, in a folder that is removed afterwards; what a terminal shows at the end of each
 command is kept, without colours.
@@ -16,28 +16,14 @@ from terminal import run_in_terminal  # noqa: E402
 PROMPTS = (
     "--benign try/benign.jsonl --malicious try/malicious.jsonl --exposed try/exposed.jsonl --neutral try/neutral.jsonl"
 )
-TOLD = """# The console
-
-Recorded in a terminal of 80 columns by `benchmarks/console_recordings.py`, on the bundled testbed. Every command has a
-`--help`; `care --install-completion` completes them in your shell.
-
-- **Without a terminal** there are no colours and no bars, and a line of progress every ten seconds, on the standard error.
-- **`--json`** prints one JSON object on the standard output, and everything else on the standard error; **`--quiet`** nothing else.
-- **Exit codes**: 0 done; 1 something that nobody foresaw, with a traceback; 2 a mistake, or something missing, that the message
-  names; 130 interrupted. `CARE_TRACEBACK=1` shows tracebacks of mistakes as well.
-- **Interrupted**, by Ctrl+C or by a kill, `fit`, `tune`, `diagnose` and `evaluate` keep what is finished in the folder of `--out`; the
-  same command goes on from there, to the same result.
-- **Prompts** are files (JSON lines, JSON, CSV, Parquet; images beside them), folders of `datasets`, data sets of the Hub
-  (`owner/name:split`) or benchmark sets of `configs/datasets` (`advbench`, `xstest:safe`).
-- **Models** are folders or ids of the Hub. `--device` is `auto`, `cpu`, `cuda:1` ...; `--dtype` `auto`, `float32`, `bfloat16`, `float16`.
-"""
+PAGE, MARK = ROOT / "docs" / "console.md", "<!-- recordings -->"
 SCENES = [
     ("Something to try on", "The testbed's model and prompts as files; instead of these, name your own.",
      ["demo --files try"]),
     ("Fit", "Interrupted after some seconds; the same command goes on.",
      [(f"fit try/model {PROMPTS} --out repaired", 12), f"fit try/model {PROMPTS} --out repaired"]),
     ("Look at it", "", ["info repaired"]),
-    ("Talk to it", "Base and repaired side by side; below each token, how much of the activation the repair changed there.",
+    ("Talk to it", "Base and repaired side by side, and how much the repair changed at each token.",
      ["chat repaired --prompt '{attack}' --image more/attack.png", "chat repaired --prompt '{benign}'"]),
     ("Measure it", "With the control that takes no training; `--quick` is for trying only.",
      ["evaluate repaired --suite testbed --split validation --quick --out results"]),
@@ -67,7 +53,7 @@ def main():
     world = World()
     (attack,), (benign,) = world.attack("icon", "validation", 1), world.benign("recipe", "validation", 1)
     texts = {"attack": attack.text, "benign": benign.text}
-    pages = [TOLD]
+    pages = [PAGE.read_text().partition(MARK)[0] + MARK]
     with tempfile.TemporaryDirectory() as where:
         folder = Path(where)
         write_files(folder / "more", n=24, families=("icon",))
@@ -82,7 +68,7 @@ def main():
                 print(shown[-1], flush=True)
             pages.append("\n\n".join(part for part in (f"## {title}", told) if part))
             pages.append("```console\n" + "\n".join(shown) + "```")
-    (ROOT / "docs" / "console.md").write_text("\n\n".join(page.strip() for page in pages) + "\n")
+    PAGE.write_text("\n\n".join(page.strip() for page in pages) + "\n")
 
 
 if __name__ == "__main__":

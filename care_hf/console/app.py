@@ -2,7 +2,7 @@
 
 import typer
 
-from . import demo, evaluate, fit, inform, share, tune
+from . import chat, demo, evaluate, fit, inform, share, tune
 
 # At the end of every help page.
 EPILOG = (
@@ -22,6 +22,7 @@ for command in (
     fit.fit,
     tune.tune,
     evaluate.evaluate,
+    chat.chat,
     share.merge,
     share.push,
     share.convert,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .merged_model import plain_copy
 from .modeling_care import CareForConditionalGeneration
 from .resume import model_fingerprint
 from .samples import tokenizer_of
@@ -107,7 +108,8 @@ class CannedRefusal:
         return f"{self.subspaces.digest} {self.refusal}"
 
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
-        """See `Defence`."""
+        """See `Defence`; a repaired model is taken without its repair."""
+        model = plain_copy(model) if isinstance(model, CareForConditionalGeneration) else model
         ids = tokenizer_of(processor)(self.refusal, add_special_tokens=False)["input_ids"]
         return contextlib.nullcontext(_Canned(model, self.subspaces, ids, tokenizer_of(processor).pad_token_id))
 

@@ -83,7 +83,7 @@ class Samples(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         item = self._data[index]
         try:
-            return _load_sample(item)
+            return load_sample(item)
         except (TypeError, ValueError, OSError) as error:
             raise type(error)(f"`{self._name}`[{index}]: {error}") from error
 
@@ -165,7 +165,14 @@ def load_samples(data: Iterable[Any], name: str = "samples") -> Samples:
     return samples
 
 
-def _load_sample(item: Any) -> Sample:
+def load_sample(item: Any) -> Sample:
+    """One prompt of any form that `load_samples` takes.
+
+    Raises:
+        TypeError: it is of another form.
+        ValueError: it lacks its text, or an image.
+        OSError: an image file cannot be read.
+    """
     if isinstance(item, Sample):
         return item
     if not isinstance(item, Mapping) and hasattr(item, "messages"):  # a case of an evaluation, say

@@ -17,9 +17,11 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from care_hf import CareForConditionalGeneration, SafetySubspaces, fit, load_adapter
+from care_hf.answers import generate_answers
 from care_hf.fit_job import KEPT, UPDATING
 from care_hf.prompt_sources import read_source
 from care_hf.recipe import Recipe
+from care_hf.samples import Sample
 from care_hf.testbed import load_testbed
 from care_hf.testbed.files import write_files
 from care_hf_console.app import app
@@ -303,10 +305,46 @@ def test_the_module_is_the_command():
 # The other commands
 
 
+def test_a_chat_in_a_terminal(fitted, world, tmp_path):
+    (attack,) = world.attack("icon", "validation", 1)
+    attack.image.save(tmp_path / "attack.png")
+    lines = f"/image {tmp_path / 'nothing.png'}\n/image {tmp_path / 'attack.png'}\n{attack.text}\n/new\nhello\n/quit\n"
+    command = [*CARE, "chat", str(fitted[0]), "--max-new-tokens", "8"]
+    code, text = run_in_terminal(command, stdin=lines, environment=WITHOUT_NETWORK)
+    assert code == 0, text
+    text = text[text.index("/quit ends") :]
+    assert "There is no image" in text and text.count("gate") == text.count("strength") == 2
+    assert all(len(line) <= 80 for line in text.splitlines() if str(tmp_path) not in line)
+
+
+def test_a_chat_without_a_terminal_reads_lines(fitted, world):
+    (plain,) = world.plain("validation", 1)
+    (benign,) = world.benign("recipe", "validation", 1)
+    texts = [sample.text for sample in (plain, benign)]
+    arguments = ["chat", str(fitted[0]), "--json", "--max-new-tokens", "8"]
+    result = CliRunner().invoke(app, arguments, input="\n".join(texts) + "\n", catch_exceptions=False)
+    told = json.loads(result.stdout)["exchanges"]
+    assert [exchange["prompt"]["text"] for exchange in told] == texts
+    repaired = CareForConditionalGeneration.from_pretrained(fitted[0])
+    processor = load_testbed(0)[1]
+    for side, switched in (("base", repaired.disable), ("repaired", repaired.enable)):
+        with switched():
+            (answer,) = generate_answers(repaired, processor, [Sample([chat_message(texts[0])])], 8, 1)
+        assert told[0][side]["text"].strip() == answer.strip()
+    strengths = told[0]["repaired"]["strengths"]
+    assert strengths[-1] is None and all(0 < s < 2 for s in strengths[:5])
+
+
+def chat_message(text):
+    return {"role": "user", "content": [{"type": "text", "text": text}]}
+
+
 def test_info_in_a_terminal(fitted):
     out, _ = fitted
     code, text = run_in_terminal([*CARE, "info", str(out)], environment=WITHOUT_NETWORK)
-    assert code == 0 and all(len(line) <= 80 for line in text.splitlines())
+    assert code == 0
+    text = text[text.index("Checkpoint\n") :]  # after what libraries warn of as they are imported
+    assert all(len(line) <= 80 for line in text.splitlines())
     for told in ("Site 4.residual", "rank 4, orthogonal, beta 1", "eigenvalues", "1 required, 1 alarms, 1 more"):
         assert told in " ".join(text.split())
 
@@ -331,7 +369,13 @@ def test_push_checkpoint_and_adapter(files, fitted, tmp_path):
     (tmp_path / "adapter").mkdir()
     assert invoke(*fit_command(files, tmp_path / "adapter", "--adapter")).exit_code == 0
     with serving() as hub:
-        online = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        online = {
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "home"),
+        }
         finished = run("push", fitted[0], "org/whole", "--license", "mit", environment=online)
         assert finished.returncode == 0, finished.stderr
         assert 'AutoModelForImageTextToText.from_pretrained("org/whole")' in finished.stdout

@@ -34,6 +34,7 @@ _LAZY = {
     "name_places": "sites",
     "save_adapter": "checkpoint",
     "trace": "tracing",
+    "tune": "tuning",
     "write_card": "model_card",
 }
 

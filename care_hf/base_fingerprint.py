@@ -7,6 +7,8 @@ hides a fine-tuning; what quantisation leaves alone (norms, embeddings, heads, b
 """
 
 import functools
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,18 @@ def compare(facts: Mapping[str, Any], values: torch.Tensor, base: nn.Module) -> 
             "first), as after a fine-tuning or with other adapters"
         )
     return _sureness(stored, found, unread + facts["unread"])
+
+
+def main_dtype(facts: Mapping[str, Any], values: torch.Tensor) -> torch.dtype | None:
+    """The dtype of most of what `describe` read of a base; None if that was nothing.
+
+    Raises:
+        ValueError: the description is broken.
+    """
+    sizes: Counter[torch.dtype] = Counter()
+    for _, shape, dtype, _ in _parse(facts, values):
+        sizes[dtype] += math.prod(shape)
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _called(facts: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .settings_files import check_types
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -40,7 +42,10 @@ class Budget:
             value = getattr(self, item.name)
             if isinstance(value, list):
                 object.__setattr__(self, item.name, tuple(value))
-            elif isinstance(value, int) and value < (item.name not in ("gradient_cases", "universal_cases")):
+        check_types(self)
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int) and value < (item.name not in ("gradient_cases", "universal_cases")):
                 raise ValueError(f"{item.name}={value} must be positive.")
         if 0 not in self.weights or not self.optimisers:
             raise ValueError(

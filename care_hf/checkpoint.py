@@ -65,15 +65,41 @@ def save_adapter(
     metadata = {name: text for name, text in subspaces.metadata.items() if name != MATCH}
     content = subspace_files.content({**tensors, "base.values": values}, settings, metadata, facts)
     if push_to_hub:
-        api = huggingface_hub.HfApi(token=token)
-        repo = api.create_repo(os.fspath(folder_or_repo), private=private, exist_ok=True).repo_id
-        where = {"path_in_repo": ADAPTER_FILE, "repo_id": repo, "revision": revision, "commit_message": commit_message}
-        api.upload_file(path_or_fileobj=content, **where)
+        _upload(content, os.fspath(folder_or_repo), token, private, revision, commit_message)
         return
     path = Path(folder_or_repo)
     path = path if path.suffix == ".safetensors" else path / ADAPTER_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     subspace_files.replace_file(path, content)
+
+
+def push_adapter(
+    file: Path,
+    repo: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a repair",
+) -> str:
+    """Upload an adapter that `save_adapter` wrote, once it was read; arguments as there.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: the file is broken, changed or of a later format.
+        OSError: it cannot be read or uploaded.
+    """
+    subspace_files.read(file)
+    return _upload(file.read_bytes(), repo, token, private, revision, commit_message)
+
+
+def _upload(content: bytes, repo: str, token, private, revision, commit_message: str) -> str:
+    api = huggingface_hub.HfApi(token=token)
+    repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
+    where = {"path_in_repo": ADAPTER_FILE, "repo_id": repo, "revision": revision, "commit_message": commit_message}
+    return api.upload_file(path_or_fileobj=content, **where).commit_url
 
 
 def load_adapter(
@@ -159,7 +185,7 @@ def _check_base(adapter, facts: dict[str, Any] | None, values: Any, model: PreTr
     )
     try:
         if facts is None:
-            raise ValueError("it is of an older format, which does not name its base")
+            raise ValueError("it does not name its base, as no file of `SafetySubspaces` or of the first format does")
         match = base_fingerprint.compare(facts, values, model)
     except ValueError as error:
         if other_base:

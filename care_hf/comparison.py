@@ -1,17 +1,15 @@
 """A comparison in a file: which defences, how each is trained, and how much is measured."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from .budget import Budget
 from .evaluation import evaluate
 from .judges import Judge
 from .report import Report
+from .settings_files import check_fields, check_mapping, find_file, made, read_fields
 from .suite import Suite
 from .training import Specification, Trainer, TrainingPrompts
 
@@ -25,40 +23,21 @@ class Comparison:
 
     @classmethod
     def load(cls, path: str | Path) -> "Comparison":
-        """Read a YAML file.
+        """Read a YAML file, or the one of that name in ``configs/evaluation``: "main".
 
         Raises:
-            ValueError: a field is not known, or a value does not fit; the defence is named.
+            ValueError: there is no such file, a field is not known, or a value does not fit; the defence is named.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-        _check_fields(values, str(path))
-        unknown = sorted(set(values) - {"defences", "budget", "families"})
-        if unknown or not values.get("defences"):
-            raise ValueError(f"{path}: needs 'defences', and may have 'budget' and 'families', but not {unknown}.")
-        _check_fields(values["defences"], f"{path}: defences")
+        path = find_file(path, "Comparison", "evaluation")
+        values = read_fields(path)
+        check_fields(values, ("defences", "budget", "families"), str(path), ("defences",))
+        check_mapping(values["defences"], f"{path}: defences")
         specifications = {
-            name: _made(Specification, given, f"{path}: {name!r}") for name, given in values["defences"].items()
+            name: made(Specification, given, f"{path}: {name!r}") for name, given in values["defences"].items()
         }
-        return cls(specifications, _made(Budget, values.get("budget") or {}, f"{path}: budget"))
-
-
-def _check_fields(given: Any, where: str) -> None:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{where} holds {given!r:.60}; it needs fields, `name: value`.")
-
-
-def _made(cls: type, given: Mapping[str, Any], where: str) -> Any:
-    _check_fields(given, where)
-    unknown = sorted(set(given) - {field.name for field in fields(cls)})
-    if unknown:
-        raise ValueError(f"{where} has the fields {unknown}; known are {[field.name for field in fields(cls)]}.")
-    try:
-        return cls(**given)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        if not specifications:
+            raise ValueError(f"{path}: defences is empty; name at least one.")
+        return cls(specifications, made(Budget, values.get("budget") or {}, f"{path}: budget"))
 
 
 class _Due:

@@ -1,16 +1,16 @@
 """Where benchmark sets lie, on the Hub or on a disk: their settings, and their tables with columns checked."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .rows import Reader
 from .safety_sets import SAFETY_READERS
+from .settings_files import check_choice, check_types, find_file, made, meant, read_fields
 from .utility_sets import UTILITY_READERS
 
 READERS: dict[str, Reader] = SAFETY_READERS | UTILITY_READERS
-SETTINGS = Path(__file__).parents[1] / "configs" / "datasets"  # a checkout has them
 ROLES = ("attack", "harmful", "benign")
 BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
@@ -51,15 +51,16 @@ class DataSettings:
     def __post_init__(self):
         for name in ("configs", "splits"):
             value = getattr(self, name)
-            value = (value,) if isinstance(value, str) else tuple(value or ())
-            object.__setattr__(self, name, value)
+            value = (value,) if isinstance(value, str) else () if value is None else value
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         for name in ("id", "image_root"):
             value = getattr(self, name)
             object.__setattr__(self, name, str(value) if isinstance(value, Path) else value)
         for name in ("columns", "options"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
-        if self.reader not in READERS:
-            raise ValueError(f"{self.name}: reader={self.reader!r} is not known; choose one of {tuple(READERS)}.")
+            value = getattr(self, name)
+            object.__setattr__(self, name, dict(value or {}) if value is None or isinstance(value, Mapping) else value)
+        check_types(self)
+        check_choice(f"{self.name}: reader", self.reader, tuple(READERS))
         reader = READERS[self.reader]
         self._check_keys("columns", self.columns, (*reader.columns, *reader.optional))
         self._check_keys("options", self.options, tuple(reader.options))
@@ -74,6 +75,7 @@ class DataSettings:
         if unknown:
             raise ValueError(
                 f"{self.name}: {name} {unknown} mean nothing to reader {self.reader!r}; known are {known}."
+                f"{meant(unknown[0], known)}"
             )
 
     @classmethod
@@ -85,18 +87,8 @@ class DataSettings:
         """
         if isinstance(settings, cls):
             return settings
-        path = next((p for p in (Path(settings), SETTINGS / f"{settings}.yaml") if p.is_file()), None)
-        if path is None:
-            known = sorted(path.stem for path in SETTINGS.glob("*.yaml"))
-            raise ValueError(f"Data set {str(settings)!r} is neither a YAML file of settings nor one of {known}.")
-        import yaml
-
-        values = yaml.safe_load(path.read_text()) or {}
-        known = [entry.name for entry in fields(cls)]
-        unknown, missing = sorted(set(values) - set(known)), sorted({"name", "reader", "id", "role"} - set(values))
-        if unknown or missing:
-            raise ValueError(f"{path}: unknown fields {unknown}, missing fields {missing}; known are {known}.")
-        return cls(**values)
+        path = find_file(settings, "Data set", "datasets")
+        return made(cls, read_fields(path), str(path))
 
     def role_of(self, subset: str) -> str:
         """What a part of the set is for.

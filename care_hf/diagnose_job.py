@@ -10,9 +10,9 @@ from .attribution_figures import draw
 from .diagnosing import diagnose
 from .diagnosis import Diagnosis
 from .diagnosis_figures import draw_mediation, draw_neurons, draw_separability, draw_trace
-from .fitting import load_processor
 from .judges import Judge, StrictJudge, WordJudge
 from .loaders import load_suite
+from .opening import open_model
 from .suite import Suite
 from .testbed import load_testbed
 from .testbed.suite import load_suite as load_world
@@ -64,8 +64,10 @@ def prepare(
     max_new_tokens: int,
     batch_size: int,
     seed: int,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Plan:
-    """Load everything.
+    """Load everything; `device` and `dtype` as `opening.open_model` takes them.
 
     Raises:
         ValueError, OSError: a file, a name or a value does not fit; the message says which.
@@ -85,10 +87,8 @@ def prepare(
     asked = load_suite(suite, n)
     if not all(_counts(asked)):
         raise ValueError(f"{_told(asked)}: both are needed; add a --suite that has the other.")
-    from transformers import AutoModelForImageTextToText
-
-    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto").eval()
-    return Plan(loaded, load_processor(loaded), asked, WordJudge(), options)
+    opened = open_model(model, device, dtype)
+    return Plan(opened.model, opened.processor, asked, WordJudge(), options)
 
 
 def _counts(suite: Suite) -> tuple[int, int]:

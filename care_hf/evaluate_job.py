@@ -5,15 +5,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from .budget import Budget
 from .comparison import Comparison, compare
-from .fitting import load_processor
+from .configuration_care import CareConfig
+from .defences import CannedRefusal
+from .evaluation import evaluate
 from .judges import Judge, StrictJudge, WordJudge
 from .loaders import LazyCases, load_suite
 from .model_judges import load_judge
+from .opening import check_source, open_model
 from .patches import with_image
 from .prompt_files import PromptSets
 from .report import Report
 from .samples import Sample
+from .subspace import SafetySubspaces
 from .suite import Case, Suite
 from .testbed import load_testbed
 from .testbed.suite import FitPrompts
@@ -21,77 +28,115 @@ from .testbed.suite import load_suite as load_world
 from .testbed.world import REFUSAL, SPLITS
 
 QUICK_PROMPTS = 48  # of each kind, to train on
+TESTBED = "testbed"  # as the name of a suite, for repaired copies of it
+CONTROL = "gate + canned refusal"
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All that a comparison needs, loaded and checked."""
+    """All that a comparison needs, loaded and checked.
+
+    Attributes:
+        model: to be defended, or repaired already.
+        processor: its processor.
+        suite: what is asked.
+        judges: tell refusals from harm.
+        budget: how much is measured.
+        seed: of what is drawn.
+        comparison: which defences are trained; None to measure a repaired model as it is.
+        prompts: what they are trained on.
+    """
 
     model: Any
     processor: Any
     suite: Suite
-    prompts: Any
-    comparison: Comparison
     judges: list[Judge]
+    budget: Budget
     seed: int
+    comparison: Comparison | None = None
+    prompts: Any = None
 
     @property
     def summary(self) -> str:
         """What will be done, in a line."""
-        count = sum(len(cases[: self.comparison.budget.cases]) for cases in self.suite.sets.values())
-        return f"{len(self.comparison.defences)} defences on {count} prompts of {self.suite.name}"
+        count = sum(len(cases[: self.budget.cases]) for cases in self.suite.sets.values())
+        what = (
+            f"{len(self.comparison.defences)} defences" if self.comparison else "the repair, and the model without it,"
+        )
+        return f"{what} on {count} prompts of {self.suite.name}"
 
     def run(self, out: Path) -> Report:
         """Do it, and write the report into `out`."""
-        report = compare(
-            self.model,
-            self.processor,
-            self.suite,
-            self.prompts,
-            self.comparison,
-            judge=self.judges,
-            seed=self.seed,
-            out=out / "cells",
-        )
+        cells = out / "cells"
+        if self.comparison:
+            comparison = replace(self.comparison, budget=self.budget)
+            asked = (self.model, self.processor, self.suite, self.prompts, comparison)
+            report = compare(*asked, judge=self.judges, seed=self.seed, out=cells)
+        else:
+            defences = _controls(self.model, self.judges)
+            options = {"processor": self.processor, "out": cells}
+            report = evaluate(self.model, self.suite, defences, self.judges, self.budget, self.seed, **options)
         report.save(out)
         return report
 
 
+def _controls(repaired, judges: Sequence[Judge]) -> dict[str, CannedRefusal]:
+    """The control that takes no training: the same gate, with a refusal in words for an answer."""
+    if repaired.gate is None or not len(repaired.gate.thresholds):
+        return {}
+    words = REFUSAL if isinstance(judges[0], StrictJudge) else PromptSets.refusal
+    return {CONTROL: CannedRefusal(SafetySubspaces.from_model(repaired), words)}
+
+
 def prepare(
-    comparison: Path,
     model: str,
     suite: Sequence[str],
+    comparison: Path | None,
     prompts: Path | None,
     judges: Sequence[Path],
     seed: int,
     split: str,
     quick: bool,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Plan:
-    """Load everything.
+    """Load everything; `device` and `dtype` as `opening.open_model` takes them.
 
     Raises:
         ValueError, OSError: a file, a name or a value does not fit; the message says which.
     """
-    plan = Comparison.load(comparison)
-    plan = replace(plan, budget=plan.budget.quick()) if quick else plan
+    plan = Comparison.load(comparison) if comparison else None
+    budget = plan.budget if plan else Budget(gradient_cases=0)
+    budget = budget.quick() if quick else budget
     further = [load_judge(path) for path in judges]
-    if model:
-        if not suite or prompts is None:
-            raise ValueError(f"For the model {model!r} give --suite, what is asked, and --prompts, what to train on.")
-        from transformers import AutoModelForImageTextToText
+    if not model:
+        if plan is None:
+            raise ValueError("The testbed is measured under a --comparison, such as configs/evaluation/main.yaml.")
+        trained_on = FitPrompts(QUICK_PROMPTS) if quick else FitPrompts()
+        world = _world(split, budget)
+        return Plan(*load_testbed(seed), world, [StrictJudge(REFUSAL), *further], budget, seed, plan, trained_on)
+    check_source(model)
+    if not suite or (plan and prompts is None):
+        raise ValueError(
+            f"For the model {model!r} give --suite, what is asked"
+            + (", and --prompts, what the defences are trained on." if plan else ".")
+        )
+    if plan is None and not isinstance(AutoConfig.from_pretrained(model), CareConfig):
+        raise ValueError(f"{model!r} is not repaired, so there is nothing to compare; give a --comparison.")
+    data = PromptSets.load(prompts) if prompts and plan else None
+    own = list(suite) == [TESTBED]
+    asked = _world(split, budget) if own else load_suite(suite, budget.cases)
+    first = StrictJudge(REFUSAL) if own else WordJudge()
+    opened = open_model(model, device, dtype, repaired=plan is None)
+    if budget.gradient_cases and not own:
+        asked = replace(asked, pictured=pictured(asked, opened.processor))
+    return Plan(opened.model, opened.processor, asked, [first, *further], budget, seed, plan, data)
 
-        asked, data = load_suite(suite, plan.budget.cases), PromptSets.load(prompts)
-        loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto", device_map="auto").eval()
-        processor = load_processor(loaded)
-        if plan.budget.gradient_cases:
-            asked = replace(asked, pictured=pictured(asked, processor))
-        return Plan(loaded, processor, asked, data, plan, [WordJudge(), *further], seed)
+
+def _world(split: str, budget: Budget) -> Suite:
     if split not in SPLITS[1:]:
         raise ValueError(f"split={split!r} must be one of {SPLITS[1:]}: defences are trained on the other.")
-    loaded, processor = load_testbed(seed)
-    asked = load_world(split, plan.budget.cases)
-    trained_on = FitPrompts(QUICK_PROMPTS) if quick else FitPrompts()
-    return Plan(loaded, processor, asked, trained_on, plan, [StrictJudge(REFUSAL), *further], seed)
+    return load_world(split, budget.cases)
 
 
 def pictured(suite: Suite, processor) -> dict[str, LazyCases]:

@@ -209,11 +209,20 @@ def repair_digest(model: nn.Module, state: Mapping[str, torch.Tensor] | None = N
     parts = [(f"sites.{site}", module, "care") for site, module in model._site_modules().items()]
     if config.gate:
         parts.append(("gate", model._gate_module(), "care_gate"))
+    tensors = {}
+    for key, module, kind in parts:
+        buffers = getattr(module, kind).named_buffers()
+        tensors[key] = {leaf: (state or {}).get(f"{names[id(module)]}.{kind}.{leaf}", b) for leaf, b in buffers}
+    return digest_of(config, tensors)
+
+
+def digest_of(config: Any, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """The same of a `CareConfig` and the repair's tensors by place ("sites.16.ffn", "gate") and name ("text.basis")."""
     settings = {name: getattr(config, name) for name in ("sites", "fusion", "scope", "gate")}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for key, module, kind in sorted(parts, key=lambda part: part[0]):
-        for leaf, buffer in sorted(getattr(module, kind).named_buffers()):
-            value = (state or {}).get(f"{names[id(module)]}.{kind}.{leaf}", buffer).detach()
+    for key, named in sorted(tensors.items()):
+        for leaf, tensor in sorted(named.items()):
+            value = tensor.detach()
             value = value.float() if value.is_floating_point() else value.long()
             digest.update(f"{key}.{leaf} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -225,12 +234,19 @@ def check_digest(model: nn.Module) -> None:
     Raises:
         ValueError: it is not.
     """
-    expected = model.config.repair_digest
-    if expected is None and model.config.care_format < FORMAT:
+    if model.config.repair_digest is None and model.config.care_format < FORMAT:
         return  # of a version that wrote none
-    found = repair_digest(model)
-    if found != expected:
+    compare_digests(model.config, repair_digest(model))
+
+
+def compare_digests(config: Any, found: str) -> None:
+    """Assert that a repair's digest is the one in its `CareConfig`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if found != config.repair_digest:
         raise ValueError(
-            f"The repair has the digest {found[:12]}, but config.json says {str(expected)[:12]}: a tensor or setting "
-            f"of the repair was changed or damaged after it was saved. {ADVICE}"
+            f"The repair has the digest {found[:12]}, but config.json says {str(config.repair_digest)[:12]}: a tensor "
+            f"or setting of the repair was changed or damaged after it was saved. {ADVICE}"
         )

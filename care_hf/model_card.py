@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, try_to_load_from_ca
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from .atomic import replace_file
 from .card_results import chosen_defence, eval_results, gradient_rates, read_report, results_table
 from .configuration_care import CareConfig, auto_class
 from .diagnosis import Diagnosis
@@ -90,12 +91,17 @@ def write_card(folder: str | Path, card: Card | None = None) -> Path:
     """
     folder = Path(folder).resolve()
     told = json.loads((folder / REPRODUCE).read_text())
-    _write(folder, CareConfig.from_pretrained(folder), told, card or Card())
+    _write(folder, folder, CareConfig.from_pretrained(folder), told, card or Card())
     return folder / README
 
 
 def add_card(
-    model, folder: str | Path, tags: Sequence[str] = (), repo_id: str = "", online: HfApi | None = None
+    model,
+    folder: str | Path,
+    tags: Sequence[str] = (),
+    repo_id: str = "",
+    online: HfApi | None = None,
+    target: str | Path | None = None,
 ) -> None:
     """Write the card of a model that was just saved; what goes wrong is a warning, for the model is worth more.
 
@@ -105,11 +111,13 @@ def add_card(
         tags: further ones.
         repo_id: where it will be on the Hub, if it will.
         online: where to look for the license of the base, if it is not at hand.
+        target: the folder that `folder` will take the place of, whose name and README.md count; by default itself.
     """
     try:
         tags = [*tags, *(model.model_tags or ())]
         told = {**reproduction(model), "strength": model.strength}
-        _write(Path(folder).resolve(), model.config, told, model.card or Card(), tags, repo_id, online)
+        folder, target = Path(folder).resolve(), Path(target or folder).resolve()
+        _write(folder, target, model.config, told, model.card or Card(), tags, repo_id, online)
     except Exception as error:
         logger.warning(f"The model is saved, but without a new model card: {type(error).__name__}: {error}")
 
@@ -126,6 +134,7 @@ def _digest(text: str) -> str:
 
 def _write(
     folder: Path,
+    target: Path,
     config: CareConfig,
     told: dict[str, Any],
     card: Card,
@@ -133,15 +142,15 @@ def _write(
     repo_id: str = "",
     online: HfApi | None = None,
 ) -> None:
-    name = repo_id or folder.name
+    name = repo_id or target.name
     base = card.base_model or told["base"]["name"]
     terms = {"license": card.license} if card.license else _license(config, base, online)
     told["base"]["name"] = base
     told["command"] = card.command or _fit_command(told, auto_class(config.vlm_config).__name__)
     attached = _attach(folder, card, told)
     (folder / REPRODUCE).write_text(json.dumps(told, indent=1) + "\n")
-    readme = folder / README
-    if readme.exists() and not written_here(readme.read_bytes()):
+    before = target / README
+    if before.exists() and not written_here(before.read_bytes()):
         logger.info(f"{README} is not a card of care_hf, or was edited; it is kept.")
         return
     kind, results = _pipeline(config), None
@@ -162,7 +171,7 @@ def _write(
     facts["license"] = terms
     text = str(ModelCard.from_template(data, template_path=str(TEMPLATE), **facts))
     text = re.sub(r"\n{3,}", "\n\n", text).rstrip() + "\n\n"
-    readme.write_text(text + SIGNATURE.format(_digest(text)), encoding="utf-8", newline="\n")
+    replace_file(folder / README, (text + SIGNATURE.format(_digest(text))).encode())
 
 
 def _attach(folder: Path, card: Card, told: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .continuations import log_probabilities
 from .judge_styles import STYLES, ClassifierStyle
 from .judges import is_refusal
 from .samples import tokenizer_of
+from .settings_files import check_choice, check_fields, find_file, made, read_fields
 from .suite import Case
 
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -73,7 +74,7 @@ class ClassifierJudge:
 
         style = [field.name for field in fields(ClassifierStyle)]
         config = _read(path, ("name", "batch_size", *LOADING, *style))
-        chosen = ClassifierStyle(**{field: config[field] for field in style})
+        chosen = made(ClassifierStyle, {field: config[field] for field in style}, str(path))
         model, tokenizer, source = _load(AutoModelForCausalLM, config, loading)
         return cls(model, tokenizer, chosen, config["name"], config["batch_size"], source)
 
@@ -177,8 +178,7 @@ class ToxicityJudge:
             raise ValueError(f"label={label!r} is none of the model's; choose one of {tuple(model.config.label2id)}.")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold!r} must lie between 0 and 1.")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r} is not known; choose one of {ACTIVATIONS}.")
+        check_choice("activation", activation, ACTIVATIONS)
         limit = getattr(model.config, "max_position_embeddings", window)
         if not tokenizer.num_special_tokens_to_add() < window <= limit:
             raise ValueError(f"window={window!r} must leave room for an answer, and be at most the model's {limit}.")
@@ -261,12 +261,9 @@ def _check_ready(model, batch_size: int) -> None:
 
 def _read(path: str | Path, known: Sequence[str]) -> dict[str, Any]:
     """The fields of a YAML file, which must be `known`."""
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text())
-    if not isinstance(values, dict) or set(values) != set(known):
-        fields_ = sorted(values) if isinstance(values, dict) else values
-        raise ValueError(f"{path} has the fields {fields_}; a judge of this kind is made of {sorted(known)}.")
+    path = find_file(path, "Judge", "judges")
+    values = read_fields(path)
+    check_fields(values, known, str(path), known)
     return values
 
 
@@ -282,13 +279,11 @@ def _load(auto, config: Mapping[str, Any], loading: Mapping[str, Any]) -> tuple[
 
 
 def load_judge(path: str | Path, **loading: Any) -> ClassifierJudge | ToxicityJudge:
-    """The judge of a YAML file in `configs/judges/`, of the class that its fields belong to.
+    """The judge of a YAML file, or of that name in `configs/judges/`, of the class that its fields belong to.
 
     Raises:
         ValueError: as the class's ``from_config``.
     """
-    import yaml
-
-    values = yaml.safe_load(Path(path).read_text()) or {}
-    cls = ToxicityJudge if "label" in values else ClassifierJudge
+    path = find_file(path, "Judge", "judges")
+    cls = ToxicityJudge if "label" in read_fields(path) else ClassifierJudge
     return cls.from_config(path, **loading)

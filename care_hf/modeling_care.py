@@ -355,7 +355,7 @@ class CareForConditionalGeneration(Publishes, LoadsWhole, LeavesToBase):
         """As in transformers; also writes the processor, if there is one, and the code to load without this package.
 
         With care_hf installed it writes a model card and ``reproduce.json`` besides, see `care_hf.Card`; a README.md
-        that somebody else wrote stays as it is.
+        that somebody else wrote stays as it is. Both come with the model in one step, or not at all.
 
         Adapters in the modules are saved with everything else, but for those of the model's own `add_adapter` and
         `load_adapter`: then transformers saves the active one, and nothing else. Whoever is killed or runs out of disk
@@ -391,3 +391,4 @@ class CareForConditionalGeneration(Publishes, LoadsWhole, LeavesToBase):
                 if given.get("push_to_hub"):
                     given.setdefault("repo_id", Path(save_directory).resolve().name)
                 super().save_pretrained(**{**given, "save_directory": folder})
+                self._add_card(folder, save_directory)

@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .judges import is_refusal
+from .settings_files import check_fields, read_fields
 
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -40,19 +39,14 @@ class PromptSets:
             OSError: a file is missing.
         """
         path = Path(path)
-        values = yaml.safe_load(path.read_text()) or {}
-        known = [item.name for item in fields(cls)]
-        missing = [name for name in ("benign", "malicious") if name not in values]
-        if set(values) - set(known) or missing:
-            raise ValueError(
-                f"{path}: has the fields {sorted(values)}; known are {known}, and benign and malicious must be there."
-            )
+        values = read_fields(path)
+        check_fields(values, [item.name for item in fields(cls)], str(path), ("benign", "malicious"))
 
         def read(value: Any) -> Any:
             return (
-                {name: _rows(path.parent / file) for name, file in value.items()}
+                {name: read_rows(path.parent / file) for name, file in value.items()}
                 if isinstance(value, dict)
-                else (_rows(path.parent / value))
+                else (read_rows(path.parent / value))
             )
 
         sets = {name: read(value) for name, value in values.items() if name != "refusal" and value}
@@ -78,11 +72,20 @@ class PromptSets:
         return is_refusal(answer)
 
 
-def _rows(path: Path) -> Any:
-    from datasets import load_dataset
+def read_rows(path: Path) -> Any:
+    """The prompts of a file as a `datasets.Dataset`.
+
+    Raises:
+        ValueError: the file has another format, is broken or empty.
+        FileNotFoundError: it is missing.
+    """
+    import datasets
 
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: prompts are read from {tuple(FORMATS)}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
-    return load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    try:
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
+    except (ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{path} cannot be read as rows of prompts, or has none: {error}") from error

@@ -32,6 +32,12 @@ class Publishes:
             return super().push_to_hub(repo_id, **kwargs)
         return self._publisher().push(self, repo_id, **kwargs)
 
+    def _add_card(self, folder, target) -> None:
+        """Write the card into `folder`, which is about to take the place of `target`; without care_hf there is none."""
+        publisher = self._publisher()
+        if publisher is not None:
+            publisher.add_card(self, folder, target=target)
+
     def _publisher(self):
         """The module that pushes; None where transformers had better do it."""
         # Of several processes only one would get there, and wait for the others for ever.
@@ -40,7 +46,7 @@ class Publishes:
 
 
 def publishes(save_pretrained):
-    """Give a `save_pretrained` the model card and the push, which come when the model is safe."""
+    """Give a `save_pretrained` the push, which comes when the model is safe."""
 
     @functools.wraps(save_pretrained)
     def save_and_publish(self, save_directory, *args, push_to_hub: bool = False, **kwargs):
@@ -48,10 +54,8 @@ def publishes(save_pretrained):
         if publisher is None:
             return save_pretrained(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
         save_pretrained(self, save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            publisher.add_card(self, save_directory)
-            if push_to_hub:
-                publisher.push_saved(self, save_directory, **kwargs)
+        if push_to_hub and kwargs.get("is_main_process", True):
+            publisher.push_saved(self, save_directory, **kwargs)
         return None
 
     return save_and_publish

@@ -1,12 +1,13 @@
 """Every choice of the method, in one place, checked before any work starts."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from .gating import TURN
 from .projection import FUSIONS, MODALITIES
+from .settings_files import check_choice, check_types, find_file, made, meant, read_fields
 from .sites import COMPONENTS, Site, decoder_layers, runs_before
 
 ATTRIBUTIONS = ("kernel", "random", "all")
@@ -92,26 +93,28 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, Sequence) and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
-        _check_choice("component", self.component, COMPONENTS)
-        _check_choice("attribution", self.attribution, ATTRIBUTIONS)
-        _check_choice("centring", self.centring, CENTRINGS)
-        _check_choice("projector", self.projector, PROJECTORS)
-        _check_choice("fusion", self.fusion, FUSIONS)
-        _check_choice("anchor", self.anchor, ANCHORS)
-        _check_choice("basis", self.basis, BASES)
-        _check_choice("gate", self.gate, GATES)
+        check_types(self, besides=("sites",))
+        check_choice("component", self.component, COMPONENTS)
+        check_choice("attribution", self.attribution, ATTRIBUTIONS)
+        check_choice("centring", self.centring, CENTRINGS)
+        check_choice("projector", self.projector, PROJECTORS)
+        check_choice("fusion", self.fusion, FUSIONS)
+        check_choice("anchor", self.anchor, ANCHORS)
+        check_choice("basis", self.basis, BASES)
+        check_choice("gate", self.gate, GATES)
         self._check_scope()
-        if not self.modalities or not isinstance(self.modalities, tuple) or set(self.modalities) - set(MODALITIES):
-            raise ValueError(f"modalities={self.modalities!r} must name one or both of {MODALITIES}.")
+        if not self.modalities or set(self.modalities) - set(MODALITIES):
+            hints = _meant(self.modalities, MODALITIES)
+            raise ValueError(f"modalities={self.modalities!r} must name one or both of {MODALITIES}.{hints}")
         if isinstance(self.layers, str):
-            _check_choice("layers", self.layers, tuple(DEPTHS))
-        elif not self.layers or not all(isinstance(layer, int) and layer >= 0 for layer in self.layers):
+            check_choice("layers", self.layers, tuple(DEPTHS))
+        elif not self.layers or min(self.layers) < 0:
             raise ValueError(
                 f"layers={self.layers!r} must be 'middle' or decoder layers counted from 0, for example (16, 17)."
             )
         self._check_sites()
         if isinstance(self.gate_layer, str):
-            _check_choice("gate_layer", self.gate_layer, tuple(DEPTHS))
+            check_choice("gate_layer", self.gate_layer, tuple(DEPTHS))
         for name in ("rank", "steps"):
             _check_count(name, getattr(self, name))
         if self.batch_size != AUTO:
@@ -120,11 +123,8 @@ class Recipe:
             _check_keep(name, getattr(self, name))
         _check_shrinkage(self.shrinkage)
         for name in ("gate_ridge", "false_alarms"):
-            if not isinstance(getattr(self, name), (int, float)) or not 0 < getattr(self, name) < 1:
+            if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie between 0 and 1.")
-        for name in ("beta", "strength", "fusion_weight"):
-            if not isinstance(getattr(self, name), (int, float)):
-                raise TypeError(f"{name}={getattr(self, name)!r} must be a number.")
 
     def _check_sites(self) -> None:
         if self.sites is None or self.sites == AUTO:
@@ -138,11 +138,12 @@ class Recipe:
     def _check_scope(self) -> None:
         if self.by_turn:
             if not self.scope or set(self.scope) - set(TURN):
-                raise ValueError(f"scope={self.scope!r} must be 'all', 'prompt', or one or both of {TURN}.")
+                hints = _meant(self.scope, TURN)
+                raise ValueError(f"scope={self.scope!r} must be 'all', 'prompt', or one or both of {TURN}.{hints}")
             if self.basis == "pattern" and self.projector == "oblique":
                 raise ValueError("projector='oblique' belongs to basis='filter'; patterns are projected orthogonally.")
             return
-        _check_choice("scope", self.scope, ("all", "prompt"))
+        check_choice("scope", self.scope, ("all", "prompt"))
         for name, value in (("basis", "filter"), ("gate", "none")):
             if getattr(self, name) != value:
                 raise ValueError(
@@ -159,10 +160,13 @@ class Recipe:
 
     @classmethod
     def load(cls, recipe: "Recipe | str | Path | None") -> "Recipe":
-        """Return a recipe from itself, from a name ("gated"), from a YAML file of fields, or the default from None.
+        """Return a recipe from itself, from a name, from a YAML file of fields, or the default from None.
+
+        Names are "gated", "paper", and those of the files in ``configs``: "llava-1.5-7b".
 
         Raises:
-            ValueError: no such name or file, or the file has a field that no recipe has.
+            ValueError: no such name or file, the file is not YAML, or it has a field that no recipe has or a value that
+                does not fit; the message says where, and what was probably meant.
         """
         if recipe is None:
             return cls()
@@ -170,17 +174,8 @@ class Recipe:
             return recipe
         if str(recipe) in RECIPES:
             return RECIPES[str(recipe)]
-        if not Path(recipe).is_file():
-            raise ValueError(f"Recipe {str(recipe)!r} is neither a file nor one of {tuple(RECIPES)}.")
-        import yaml
-
-        values = yaml.safe_load(Path(recipe).read_text()) or {}
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"{recipe}: no recipe has the fields {unknown}; known are {[f.name for f in fields(cls)]}."
-            )
-        return cls(**values)
+        path = find_file(recipe, "Recipe", names=tuple(RECIPES))
+        return made(cls, read_fields(path), str(path))
 
     def find_sites(self, model) -> tuple[Site, ...]:
         """The places of `model` that this recipe repairs.
@@ -240,9 +235,8 @@ class Recipe:
         return replace(self, **changes)
 
 
-def _check_choice(name: str, value: Any, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is not known; choose one of {tuple(known)}.")
+def _meant(given: Sequence[str], known: Sequence[str]) -> str:
+    return "".join(meant(name, known) for name in given if name not in known)
 
 
 def _check_count(name: str, value: Any, otherwise: str = "") -> None:

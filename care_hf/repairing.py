@@ -1,5 +1,7 @@
 """From a base and its subspaces to the configuration and the modules of the repaired model, checked beforehand."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .adapters import adapter_layers, adapter_tensors, describe_adapters
@@ -57,11 +59,20 @@ def _check_sizes(model: PreTrainedModel, subspaces) -> None:
 
 def check_prompt_end(model: PreTrainedModel, gate: Gate | None) -> None:
     """Assert that prompts of the model can end as the gate expects, for it would never fire otherwise."""
-    known = model.get_input_embeddings().num_embeddings
-    if gate is not None and max(gate.prompt_end) >= known:
+    if gate is not None:
+        check_vocabulary(gate.prompt_end, model.get_input_embeddings().num_embeddings, type(model).__name__)
+
+
+def check_vocabulary(prompt_end: Sequence[int], known: int, name: str) -> None:
+    """Assert that a model with that name and so many tokens knows the ids that end a prompt.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if max(prompt_end) >= known:
         raise ValueError(
-            f"The gate waits for prompt_end={gate.prompt_end}, but {type(model).__name__} has {known} tokens; it was "
-            "fitted with another tokenizer."
+            f"The gate waits for prompt_end={tuple(prompt_end)}, but {name} has {known} tokens; it was fitted with "
+            "another tokenizer."
         )
 
 

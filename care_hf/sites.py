@@ -121,8 +121,7 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
         ValueError: the model has no such layer or component, or gates the component's output before adding it.
     """
     layers = decoder_layers(model)
-    if site.layer >= len(layers):
-        raise ValueError(f"Site {site}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")
+    check_depth(site, len(layers))
     layer = layers[site.layer]
     if site.component == "residual":
         return layer
@@ -140,6 +139,16 @@ def site_module(model: nn.Module, site: Site) -> nn.Module:
             f"care_hf.name_places(model, layers=..., {site.component}='name')."
         )
     return module
+
+
+def check_depth(site: Site, depth: int) -> None:
+    """Assert that a model of so many decoder layers has the layer of `site`.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if site.layer >= depth:
+        raise ValueError(f"Site {site}: the model has {depth} decoder layers (0 to {depth - 1}).")
 
 
 def _ffn_names(layer: nn.Module) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from .preference_steering import train_preference_steering
 from .recipe import AUTO, Recipe
 from .rivals import AstraSteering, astra_calibration, astra_vector, train_refusal_lora
 from .samples import Sample, load_samples
+from .settings_files import check_fields, check_types, meant
 from .sites import Site
 from .steering_vectors import SteeringVectors
 from .subspace import SafetySubspaces, random_like
@@ -70,14 +71,13 @@ class Specification:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r} is not a defence; choose one of {tuple(KINDS)}.")
-        if isinstance(self.families, str):
-            raise ValueError(f"families={self.families!r} must be a list of names.")
-        object.__setattr__(self, "families", tuple(self.families))
-        known = [item.name for item in fields(Recipe)]
-        unknown = sorted(set(self.changes) - set(known))
-        if unknown:
-            raise ValueError(f"changes name {unknown}, fields of no recipe; known are {known}.")
+            raise ValueError(
+                f"kind={self.kind!r} is not a defence; choose one of {tuple(KINDS)}.{meant(self.kind, KINDS)}"
+            )
+        if isinstance(self.families, list):
+            object.__setattr__(self, "families", tuple(self.families))
+        check_types(self)
+        check_fields(self.changes, [item.name for item in fields(Recipe)], "changes of the recipe")
         if self.full_recipe.sites == AUTO:
             raise ValueError(f"sites={AUTO!r} needs a diagnosis, which a comparison does not have; name the sites.")
         if not self.full_recipe.by_turn and self.kind in ("ungated", "canned refusal"):

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
@@ -18,18 +20,23 @@ from .turns import Turns
 def solve_turns(turns: Turns, recipe: Recipe) -> SafetySubspaces:
     """Solve for the gate and the subspaces; cheap, so that one recording serves many recipes.
 
-    The metadata says how the gate was calibrated, as JSON under "calibration".
+    The metadata says how the gate was calibrated, as JSON under "calibration", and how every subspace came about, under
+    "reports": see `subspace.FitReport` for those of the basis "filter"; of patterns, the mean square of what complying
+    tokens deviate by from the anchor, along each direction ("eigenvalues") and altogether ("total"), of so many tokens.
 
     Raises:
         ValueError: prompts are too few for the rank or for holding some out.
     """
     gate, notes = fit_gate(turns, recipe)
-    sites = {site: fit_places(turns, site, recipe) for site in turns.repaired}
+    solved = {site: _solve_places(turns, site, recipe) for site in turns.repaired}
+    sites = {site: {name: subspace for name, (subspace, _) in places.items()} for site, places in solved.items()}
+    reports = {f"{site}.{name}": report for site, places in solved.items() for name, (_, report) in places.items()}
     counts = {name: int(turns.of(name).sum()) for name in dict.fromkeys(cell.of for cell in turns.cells)}
     metadata = {
         "recipe": json.dumps(recipe.to_dict()),
         "prompts": json.dumps({**counts, "refused": int(turns.refused.sum())}),
         "calibration": json.dumps(notes),
+        "reports": json.dumps(reports),
         **turns.origin,
     }
     return SafetySubspaces(
@@ -53,6 +60,11 @@ def fit_places(turns: Turns, site: Site, recipe: Recipe) -> dict[str, Subspace]:
     Raises:
         ValueError: fewer prompts than the rank.
     """
+    return {name: subspace for name, (subspace, _) in _solve_places(turns, site, recipe).items()}
+
+
+def _solve_places(turns: Turns, site: Site, recipe: Recipe) -> dict[str, tuple[Subspace, dict[str, Any]]]:
+    """The subspaces, and how they came about as plain values."""
     recorded = turns.repaired[site].double()
     complying = turns.of("benign", "malicious") & ~turns.refused
     if int(complying.sum()) < recipe.rank:
@@ -92,14 +104,17 @@ def _known(steps: torch.Tensor) -> torch.Tensor:
 
 def _subspace(
     tokens: Mapping[str, torch.Tensor], deviations: torch.Tensor, anchors: torch.Tensor, recipe: Recipe
-) -> Subspace:
+) -> tuple[Subspace, dict[str, Any]]:
     if recipe.basis == "pattern":
-        basis = torch.linalg.svd(deviations, full_matrices=False).Vh[: recipe.rank].mT
-        return Subspace(basis, anchors, recipe.beta)
+        _, singular, directions = torch.linalg.svd(deviations, full_matrices=False)
+        squares = singular.square() / len(deviations)
+        kept = squares[: recipe.rank].tolist()
+        report = {"eigenvalues": kept, "total": squares.sum().item(), "tokens": len(deviations)}
+        return Subspace(directions[: recipe.rank].mT, anchors, recipe.beta), report
     moments = {name: RunningCovariance(deviations.shape[1]) for name in tokens}
     for name, h in tokens.items():
         moments[name].update(h)
-    fitted, _ = fit_subspace(
+    fitted, report = fit_subspace(
         moments["benign"],
         moments["malicious"],
         rank=recipe.rank,
@@ -107,4 +122,4 @@ def _subspace(
         shrinkage=recipe.shrinkage,
         projector=recipe.projector,
     )
-    return Subspace(fitted.basis, anchors, recipe.beta, fitted.reader)
+    return Subspace(fitted.basis, anchors, recipe.beta, fitted.reader), asdict(report)

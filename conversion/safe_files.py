@@ -102,21 +102,21 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder} has no weights, neither *.safetensors nor pytorch_model*.bin; copy them there.")
 
 
-def stream_tensors(path: Path, wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a weight file whose names are wanted, by default all, one after the other."""
-    return _walk(path, wanted, lambda file, name: file.get_tensor(name), lambda tensor: tensor)
+def stream_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a weight file, one after the other."""
+    return _walk(path, lambda file, name: file.get_tensor(name), lambda tensor: tensor)
 
 
 def tensor_shapes(path: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The shapes of its tensors, which are not read."""
-    return _walk(path, bool, lambda file, name: tuple(file.get_slice(name).get_shape()), lambda t: tuple(t.shape))
+    return _walk(path, lambda file, name: tuple(file.get_slice(name).get_shape()), lambda t: tuple(t.shape))
 
 
-def _walk(path: Path, wanted: Callable, from_safetensors: Callable, from_tensor: Callable) -> Iterator[tuple[str, Any]]:
+def _walk(path: Path, from_safetensors: Callable, from_tensor: Callable) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "pt") as file:
-                for name in filter(wanted, file.keys()):
+                for name in file.keys():  # noqa: SIM118  no dict
                     yield name, from_safetensors(file, name)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again.") from error
@@ -124,7 +124,7 @@ def _walk(path: Path, wanted: Callable, from_safetensors: Callable, from_tensor:
     state = load_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no plain dict of tensors; expected the state dict of a model.")
-    yield from ((name, from_tensor(tensor)) for name, tensor in state.items() if wanted(name))
+    yield from ((name, from_tensor(tensor)) for name, tensor in state.items())
 
 
 class Shards:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -44,13 +45,18 @@ class Repo:
 
 
 class Hub(ThreadingHTTPServer):
-    """Repos by name. Who writes, or reads a private one, needs `TOKEN`; all requests are kept."""
+    """Repos by name. Who writes, or reads a private one, needs `TOKEN`; all requests are kept.
+
+    `sent` counts the bytes of every file that were sent; `ranged` is whether parts of files are.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.sent: Counter[str] = Counter()
+        self.ranged = True
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     @property
@@ -187,8 +193,16 @@ class _Handler(BaseHTTPRequestHandler):
             data = found[0].commits[found[1]].get(file)
             if data is None:
                 self.reply({"error": "not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=found[1])
-            else:
-                self.reply(data, ETag=f'"{_digest(data)}"', X_Repo_Commit=found[1])
+                return
+            told = {"ETag": f'"{_digest(data)}"', "X_Repo_Commit": found[1]}
+            asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")) if self.server.ranged else None
+            size, status = len(data), 200
+            if asked:
+                start, end = int(asked[1]), min(int(asked[2]) + 1, size)
+                data, status, told["Content_Range"] = data[start:end], 206, f"bytes {start}-{end - 1}/{size}"
+            if self.command == "GET":
+                self.server.sent[file] += len(data)
+            self.reply(data, status, **told)
 
 
 def _card_errors(content: str) -> list[str]:

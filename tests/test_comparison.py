@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 from care_hf import comparison, evaluate_job, evaluation_run
 from care_hf.answers import generate_answers
 from care_hf.budget import Budget
-from care_hf.cli import app
 from care_hf.comparison import Comparison, compare
 from care_hf.judges import StrictJudge
 from care_hf.modeling_care import CareForConditionalGeneration
@@ -21,6 +20,7 @@ from care_hf.suite import Suite
 from care_hf.testbed.suite import FitPrompts, load_suite
 from care_hf.testbed.world import ATTACKS, REFUSAL
 from care_hf.training import Specification, Trainer
+from care_hf_console.app import app
 
 FILES = sorted((Path(__file__).parents[1] / "configs" / "evaluation").glob("*.yaml"))
 # What a rival's training takes, beside what the trainer takes for itself.
@@ -81,15 +81,15 @@ budget: {cases: 7, eps: [8, 16], weights: [0.0, 2.0]}
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"some\.yaml: needs 'defences'"),
-        ("budget: {cases: 2}", r"some\.yaml: needs 'defences'"),
-        ("defences: {a: {kind: repair}}\ndefense: {}", r"some\.yaml: .* not \['defense'\]"),
+        ("", r"some\.yaml: missing fields \['defences'\]"),
+        ("budget: {cases: 2}", r"some\.yaml: missing fields \['defences'\]"),
+        ("defences: {a: {kind: repair}}\ndefense: {}", r"some\.yaml: unknown fields \['defense'\]; known"),
         ("[a, b]", r"some\.yaml holds \['a', 'b'\]; it needs fields"),
         ("defences: [repair]", r"some\.yaml: defences holds \['repair'\]"),
         ("defences: {a: {kind: repair}, b c: }", r"some\.yaml: 'b c' holds None"),
         (
             "defences: {a: {kind: repair}, b: {kind: repair, rank: 2}}",
-            r"some\.yaml: 'b' .*\['rank'\]; known are .*'kind'",
+            r"some\.yaml: 'b': unknown fields \['rank'\]; known are .*'kind'",
         ),
         ("defences: {b: {recipe: paper}}", r"some\.yaml: 'b': .*'kind'"),
         ("defences: {b: {kind: prayer}}", r"some\.yaml: 'b': kind='prayer'"),
@@ -98,7 +98,10 @@ budget: {cases: 7, eps: [8, 16], weights: [0.0, 2.0]}
         ("defences: {b: {kind: repair, changes: {beta: two}}}", r"some\.yaml: 'b': beta='two'"),
         ("defences: {b: {kind: repair, recipe: secret}}", r"some\.yaml: 'b': Recipe 'secret'"),
         ("defences: {b: {kind: repair, families: icon}}", r"some\.yaml: 'b': families='icon'"),
-        ("defences: {b: {kind: repair}}\nbudget: {case: 2}", r"some\.yaml: budget .*\['case'\]; known are .*'cases'"),
+        (
+            "defences: {b: {kind: repair}}\nbudget: {case: 2}",
+            r"budget: unknown fields \['case'\]; known are .*mean 'cases'",
+        ),
         ("defences: {b: {kind: repair}}\nbudget: {cases: 0}", r"some\.yaml: budget: cases=0"),
         ("defences: {b: {kind: repair}}\nbudget: {weights: [1.0]}", r"some\.yaml: budget: weights=\(1\.0,\)"),
         ("defences: {b: {kind: repair, changes: {sites: auto}}}", r"some\.yaml: 'b': sites='auto' needs a diagnosis"),
@@ -225,7 +228,7 @@ def test_the_console_writes_a_report_and_goes_on_from_its_cells(console, monkeyp
 @pytest.mark.parametrize(
     ("text", "split", "message"),
     [
-        (None, "test", "No such file"),
+        (None, "test", "absent.yaml' is neither a YAML file"),
         ("defences: {b: {kind: prayer}}", "test", "'b': kind='prayer'"),
         ("defences: {b: [}", "test", "is not YAML"),
         (SMALL, "holdout", "split='holdout'"),

@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, CLIPImageProcessorPil, CLIPVisionModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+)
 
 import care_hf
 from care_hf import SafetySubspaces
@@ -442,32 +450,144 @@ def by_modality():
     )
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "paligemma2"])
+def repaired_from_files(folder, family, subspaces, dtype="auto", name="", before=torch.float32):
+    """A base in `folder` / base, and in `folder` / full its repair as it was loaded from there."""
+    family = FAMILIES[family]
+    family.build().to(before).save_pretrained(folder / "base")
+    auto = AutoModelForCausalLM if family.text_only else AutoModelForImageTextToText
+    base = auto.from_pretrained(folder / "base", dtype=dtype)
+    base.config._name_or_path = name or base.config._name_or_path
+    repaired = care_hf.CareForConditionalGeneration.from_base(base, subspaces)
+    if not family.lacks:
+        family.processor(base.config).save_pretrained(folder / "base")
+        repaired.processor = AutoProcessor.from_pretrained(folder / "base")
+    repaired.save_pretrained(folder / "full")
+    return repaired
+
+
+def there_and_back(folder):
+    """As on the command line: `full` to `adapter` to `back`; returns what the last said."""
+    full_and_adapter.main(["adapter", str(folder / "full"), "--out", str(folder / "adapter")])
+    command = [folder / "base", folder / "adapter", "--out", folder / "back"]
+    return full_and_adapter.main(["full", *map(str, command)])
+
+
+def raw_tensors(folder):
+    """Bytes, shapes and dtypes of a checkpoint's weights, by the safetensors specification."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        (size,) = struct.unpack("<Q", content[:8])
+        for name, entry in json.loads(content[8 : 8 + size]).items():
+            if name != "__metadata__":
+                start, end = (8 + size + offset for offset in entry["data_offsets"])
+                found[name] = (entry["dtype"], entry["shape"], content[start:end])
+    return found
+
+
+def adapter_file(folder):
+    with safe_open(folder / "care_adapter.safetensors", "pt") as file:
+        return raw_tensors(folder), file.metadata()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "paligemma2", "qwen3_vl_moe", "llama"])
 @pytest.mark.parametrize("subspaces", [gated, by_modality])
 def test_full_and_adapter_round_trip_is_exact(tmp_path, family, subspaces):
-    model, subspaces = FAMILIES[family].model, subspaces()
-    model.save_pretrained(tmp_path / "base")
-    subspaces.save(tmp_path / "repair")
-    command = [tmp_path / "base", tmp_path / "repair", "--out", tmp_path / "full"]
-    full_and_adapter.main(["full", *map(str, command)])
-    full_and_adapter.main(["adapter", str(tmp_path / "full"), "--out", str(tmp_path / "back")])
-    back = SafetySubspaces.load(tmp_path / "back")
-    assert back.digest == subspaces.digest and back.metadata == subspaces.metadata
-    loaded = AutoModel.from_pretrained(tmp_path / "full")
-    assert SafetySubspaces.from_model(loaded).digest == subspaces.digest
+    repaired = repaired_from_files(tmp_path, family, subspaces(), name="org/base")
+    assert "(base compared: exact)" in there_and_back(tmp_path)
+    care_hf.save_adapter(repaired, tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["care_adapter.safetensors"]
+    assert adapter_file(tmp_path / "adapter") == adapter_file(tmp_path / "saved")
+    full, back = tmp_path / "full", tmp_path / "back"
+    assert raw_tensors(full) == raw_tensors(back) and raw_tensors(full)
+    config, again = (json.loads((folder / "config.json").read_text()) for folder in (full, back))
+    # Where a base comes from is not part of it, and how it was recognised is part of the origin.
+    assert config["vlm_config"].pop("_name_or_path") == "org/base" and "_name_or_path" not in again["vlm_config"]
+    assert again["origin"].pop("base_match") == "exact"
+    assert again == config
+    cards = {"README.md", "reproduce.json", "config.json"}
+    others = [{p.name: p.read_bytes() for p in folder.iterdir() if p.name not in cards} for folder in (full, back)]
+    assert others[0] == others[1] and ("tokenizer_config.json" in others[0]) == (not FAMILIES[family].lacks)
+
+
+def test_the_adapter_of_a_checkpoint_names_no_folder(tmp_path):
+    """Which is all that it says less than one that is saved from memory, where the folder's last part is known."""
+    repaired = repaired_from_files(tmp_path, "llava", gated())
+    full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+    care_hf.save_adapter(repaired, tmp_path / "saved")
+    (tensors, found), (expected, saved) = (adapter_file(tmp_path / name) for name in ("adapter", "saved"))
+    assert json.loads(saved["base"]) == {**json.loads(found["base"]), "name": "base"}
+    assert json.loads(found["base"])["name"] == ""
+    assert {name for name in saved if saved[name] != found[name]} == {"base", "digest"}
+    assert tensors == expected and tensors
+
+
+@pytest.mark.parametrize("fitted", [torch.bfloat16, torch.float32])
+def test_the_full_checkpoint_has_the_precision_that_it_was_fitted_in(tmp_path, fitted):
+    repaired_from_files(tmp_path, "llava", gated(), dtype=fitted, before=torch.float16)
+    assert "(base compared: exact)" in there_and_back(tmp_path)
+    assert raw_tensors(tmp_path / "back") == raw_tensors(tmp_path / "full")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells which memory is a file's")
+def test_the_base_of_a_checkpoint_stays_in_its_files(tmp_path, monkeypatch):
+    seen = []
+    repaired_from_files(tmp_path, "llava", gated())
+    monkeypatch.setattr(full_and_adapter, "save_adapter", lambda repaired, _: seen.append(repaired))
+    full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in lines if line[-1] == str(tmp_path / "full" / "model.safetensors")]
+    parameters = dict(seen[0].vlm.named_parameters())
+    for name, parameter in parameters.items():
+        assert any(int(a, 16) <= parameter.data_ptr() < int(b, 16) for a, b in spans), name
+
+
+def test_another_base_is_refused(tmp_path):
+    repaired_from_files(tmp_path, "llava", gated())
+    full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+    other = FAMILIES["llava"].build()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.01)  # as after a fine-tuning
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"weights of this one differ \(1 of them"):
+        full_and_adapter.to_full(tmp_path / "other", tmp_path / "adapter", tmp_path / "back")
+    gated().save(tmp_path / "nameless.safetensors")
+    with pytest.raises(ValueError, match="does not name its base"):
+        full_and_adapter.to_full(tmp_path / "base", tmp_path / "nameless.safetensors", tmp_path / "back")
+    with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
+        full_and_adapter.to_full(tmp_path / "base", tmp_path / "nowhere", tmp_path / "back")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "full", "adapter", "other", "nameless.safetensors"}
 
 
 def test_adapter_refuses_what_is_not_whole(tmp_path):
-    model = FAMILIES["llava"].model
-    model.save_pretrained(tmp_path / "base")
+    repaired_from_files(tmp_path, "llava", gated())
     with pytest.raises(ValueError, match="expected a repaired one"):
-        full_and_adapter.to_adapter(tmp_path / "base")
-    care_hf.CareForConditionalGeneration.from_base(model, gated()).save_pretrained(tmp_path / "full")
+        full_and_adapter.to_adapter(tmp_path / "base", tmp_path / "adapter")
     weights = tmp_path / "full" / "model.safetensors"
-    kept = {name: tensor for name, tensor in load_file(weights).items() if "care_gate.readers" not in name}
-    save_file(kept, weights, {"format": "pt"})
-    with pytest.raises(ValueError, match=r"care_gate.readers'; expected one"):
-        full_and_adapter.to_adapter(tmp_path / "full")
+    tensors = load_file(weights)
+    gate = next(name for name in tensors if name.endswith("care_gate.readers"))
+    save_file({name: tensor for name, tensor in tensors.items() if name != gate}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors: .*care_gate.readers"):
+        full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+    save_file({**tensors, gate: tensors[gate] * 2}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="was changed or damaged"):
+        full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "full"}
+
+
+def test_adapter_refuses_a_base_that_loading_would_cast(tmp_path):
+    base = FAMILIES["llava"].build().to(torch.bfloat16)
+    base.model.vision_tower.float()
+    care_hf.CareForConditionalGeneration.from_base(base, gated()).save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"in torch.bfloat16, torch.float32, of which loading makes torch\.\w+; save"):
+        full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
+
+
+def test_adapter_refuses_what_it_would_leave_out(tmp_path):
+    base = get_peft_model(FAMILIES["llava"].build(), LoraConfig(target_modules=["q_proj"], r=2))
+    care_hf.CareForConditionalGeneration.from_base(base, gated()).save_pretrained(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"the adapters \['default'\] of PEFT"):
+        full_and_adapter.to_adapter(tmp_path / "full", tmp_path / "adapter")
 
 
 # Original LLaVA

@@ -4,7 +4,6 @@ from transformers import AutoModel
 from typer.testing import CliRunner
 
 from care_hf import CareForConditionalGeneration, demo
-from care_hf.cli import app
 from care_hf.demo import measurements
 from care_hf.fitting import fit
 from care_hf.rates import Rate
@@ -12,6 +11,7 @@ from care_hf.recipe import RECIPES
 from care_hf.testbed.measure import measure
 from care_hf.testbed.prompts import fit_prompts
 from care_hf.testbed.world import ATTACKS, BENIGN_TASKS
+from care_hf_console.app import app
 
 DEFENCES = ["undefended", "gated repair", "gate + random subspace", "gate + mean difference", "CARE as printed"]
 

@@ -10,9 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from care_hf import diagnose_job
-from care_hf.cli import app
 from care_hf.diagnosis import Diagnosis
 from care_hf.testbed import DATA
+from care_hf_console.app import app
 
 CONFIGS = DATA.parents[2] / "configs" / "datasets"
 PARTS = ("trace", "mediation", "separability", "neurons", "attribution_refused", "attribution_jailbroken")

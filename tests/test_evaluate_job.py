@@ -6,12 +6,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from care_hf.cli import app
 from care_hf.judges import ChoiceJudge, KeywordJudge, WordJudge
 from care_hf.model_judges import ClassifierJudge, ToxicityJudge, load_judge
 from care_hf.prompt_files import PromptSets
 from care_hf.suite import Case
 from care_hf.testbed import DATA
+from care_hf_console.app import app
 
 
 def write_rows(path, rows):
@@ -103,7 +103,7 @@ def test_prompt_sets_name_what_does_not_fit(files):
     with pytest.raises(ValueError, match=r"families \['icon'\]; known are \['cipher'\]"):
         PromptSets.load(files / "prompts.yaml").prompts(["icon"], True)
     (files / "prompts.yaml").write_text("benign: benign.jsonl\nevil: x.jsonl\n")
-    with pytest.raises(ValueError, match=r"has the fields \['benign', 'evil'\]"):
+    with pytest.raises(ValueError, match=r"prompts.yaml: unknown fields \['evil'\], missing fields \['malicious'\]"):
         PromptSets.load(files / "prompts.yaml")
     (files / "prompts.yaml").write_text("benign: benign.jsonl\nmalicious: gone.jsonl\n")
     with pytest.raises(FileNotFoundError, match=r"gone.jsonl is missing"):

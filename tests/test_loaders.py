@@ -11,9 +11,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from care_hf.data_settings import SETTINGS, DataSettings
+from care_hf.data_settings import DataSettings
 from care_hf.loaders import LazyCases, load_cases, load_suite
+from care_hf.shipped import shipped
 from care_hf.utility_sets import LETTER_PLEASE, accepted_answers
+
+SETTINGS = shipped("configs") / "datasets"
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 BY_COLOUR = {value: name for name, value in COLOURS.items()}

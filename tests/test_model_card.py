@@ -3,11 +3,14 @@
 import copy
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
 from hub import TOKEN, serving
 from huggingface_hub import ModelCard, constants
+from test_hostile_files import Killed, build_versions, interrupted_at
 
 import care_hf
 from care_hf import CareForConditionalGeneration, SafetySubspaces, model_card
@@ -212,6 +215,54 @@ def test_a_card_that_fails_does_not_lose_the_model(repaired, tmp_path, monkeypat
     assert "without a new model card: RuntimeError: no ink" in caplog.text
     assert not (tmp_path / "README.md").exists()
     CareForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("place", ["reproduction", "_license", "_described", "replace_file"])
+def test_a_card_that_is_killed_leaves_the_old_checkpoint_with_its_card(repaired, tmp_path, monkeypatch, place):
+    def kill(*_):
+        raise Killed
+
+    repaired.save_pretrained(tmp_path / "c")
+    before = contents(tmp_path / "c")
+    repaired.strength, repaired.card = 0.5, Card(intended_use="None.")
+    monkeypatch.setattr(model_card, place, kill)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    with pytest.raises(Killed):
+        repaired.save_pretrained(tmp_path / "c")
+    assert contents(tmp_path / "c") == before and "README.md" in before
+
+
+@pytest.mark.parametrize("subfolder", [False, True])
+def test_a_killed_save_leaves_no_old_card_beside_a_new_checkpoint(tmp_path, subfolder):
+    """Killed at each of the calls that change the disk."""
+    versions = build_versions()
+    for number, model in enumerate(versions):
+        model.card = Card(intended_use=f"Use {number}.")
+        model.save_pretrained(tmp_path / f"saved{number}")
+    repairs = [json.loads((tmp_path / f"saved{n}" / "config.json").read_text())["repair_digest"] for n in (0, 1)]
+    found, step, killed = [], 1, True
+    while killed:
+        folder = Path(shutil.copytree(tmp_path / "saved0", tmp_path / str(step)))
+        if subfolder:  # files are replaced one by one
+            (folder / "notes").mkdir()
+        with pytest.MonkeyPatch.context() as patched:
+            interrupted_at(patched, step, Killed())
+            try:
+                versions[1].save_pretrained(folder)
+                killed = False
+            except Killed:
+                pass
+        if (folder / "config.json").exists():  # else it does not load
+            found.append(repairs.index(json.loads((folder / "config.json").read_text())["repair_digest"]))
+            repair = json.loads((folder / "reproduce.json").read_text())["hashes"]["repair"]
+            assert repair == SafetySubspaces.from_model(versions[found[-1]]).digest
+            assert f"Use {found[-1]}." in (folder / "README.md").read_text()
+        step += 1
+    assert found == sorted(found) and set(found) == {0, 1}
 
 
 class _propagating:

@@ -313,7 +313,7 @@ def test_the_gate_holds_the_detectors_and_fires_as_its_calibration_says(recorded
 def test_the_metadata_says_what_was_done(prompts, recorded):
     recipe = RECIPE.replace(false_alarms=0.02, rank=3)
     metadata = solve_turns(recorded, recipe).metadata
-    assert set(metadata) == {"recipe", "prompts", "calibration", "base", "data", "environment", "judge"}
+    assert set(metadata) == {"recipe", "prompts", "calibration", "reports", "base", "data", "environment", "judge"}
     assert metadata["judge"] == "care_hf.judges.is_refusal"
     assert Recipe(**json.loads(metadata["recipe"])) == recipe
     counts = {name: len(prompts[name]) for name in ("benign", "malicious", "exposed", "neutral")}
@@ -327,6 +327,23 @@ def test_the_metadata_says_what_was_done(prompts, recorded):
     assert totals == counts
     assert {name.split("/")[2] for name in report["kinds"]} == {"text", "image"}
     assert [point["target"] for point in report["curve"]] == sorted(point["target"] for point in report["curve"])
+
+
+def test_the_metadata_says_how_every_subspace_came_about(recorded):
+    site, complying = Site(4, "residual"), recorded.of("benign", "malicious") & ~recorded.refused
+    h = recorded.repaired[site].double()
+    subspaces = solve_turns(recorded, RECIPE)
+    reports = json.loads(subspaces.metadata["reports"])
+    assert set(reports) == {"4.residual.last", "4.residual.response"}
+    last, basis = reports["4.residual.last"], subspaces.sites[site]["last"].basis.double()
+    deviations = h[complying, 0] - h[recorded.refused, 0].mean(dim=0)
+    along = (deviations @ basis).square().mean(dim=0)
+    assert last["eigenvalues"] == pytest.approx(along.tolist(), rel=1e-4) and last["tokens"] == int(complying.sum())
+    assert last["total"] == pytest.approx(float(deviations.square().sum(dim=1).mean()))
+    filtered = solve_turns(recorded, RECIPE.replace(basis="filter", shrinkage=0.3))
+    report = json.loads(filtered.metadata["reports"])["4.residual.last"]
+    assert report["shrinkage"] == 0.3 and len(report["eigenvalues"]) == RECIPE.rank
+    assert report["benign"] == int(recorded.of("benign").sum())
 
 
 def test_a_rank_above_what_complies_is_named(recorded):

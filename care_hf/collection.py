@@ -160,7 +160,7 @@ def begin(
         update: a finished collection that the given prompts are added to; it is left as it is.
 
     Raises:
-        FileNotFoundError: there is no file `update`.
+        FileNotFoundError, IsADirectoryError: there is no file `update`, or `resume` is a folder.
         ValueError: a file is of other work, a prompt is in two classes or in `update` already, or `update` is not
             finished.
     """
@@ -176,6 +176,8 @@ def begin(
             f"`resume` and `update` are both {resume}; name another file to keep the updated collection in, so that "
             "the earlier one stays whole."
         )
+    if resume.is_dir():
+        raise IsADirectoryError(f"resume={str(resume)!r} is a folder; name a file in it.")
     resume.parent.mkdir(parents=True, exist_ok=True)
     if resume.exists():
         found = Collection.load(resume)

@@ -60,9 +60,9 @@ def fit(
         refused: further malicious prompts, which count as refused whatever `judge` says; they come before the others.
         judge: whether an answer is a refusal; by default by its first words, in English.
         diagnosis: of this model, for a recipe with ``sites="auto"``: what `care_hf.diagnose` gave, or its folder.
-        resume: a safetensors file that keeps what is collected (moments in float64, activations in float32, hashes of
-            the prompts, none of them in words but the answers), written every five minutes and on interruption; the
-            same fit goes on from there, with batches of any size.
+        resume: a safetensors file that keeps what is collected (moments in float64 or activations in float32, and of
+            the prompts digests, kinds, groups and answers), written every five minutes and on interruption; the same
+            fit goes on from there, with batches of any size.
         update: such a file, of a fit that was finished: the prompts given, of any class, are added to those in it, and
             the result is that of a fit from scratch on the earlier prompts and then the new ones, up to rounding. The
             file stays as it is; `resume` keeps the new state. Without new prompts the subspaces are solved anew,
@@ -71,6 +71,7 @@ def fit(
     Raises:
         TypeError, ValueError: prompts, recipe and model do not fit together, or a file is of other work; raised before
             the first forward, but for too few refusals, which are known once the malicious prompts are answered.
+        OSError: there is no file `update`, or `resume` cannot be written.
         FloatingPointError: an activation is not finite.
         torch.OutOfMemoryError: memory does not suffice for a single prompt.
     """

@@ -265,6 +265,7 @@ def test_what_does_not_fit_an_earlier_fit_is_refused_before_any_forward(testbed,
         refused("no whole safetensors file", update=files["cut"])
         refused("holds no collection", update=files["strange"])
         refused("both .*old.safetensors; name another file", resume=kept)
+        refused("is a folder; name a file in it", IsADirectoryError, resume=tmp_path)
         refused("`malicious` is empty", malicious=[])
         first = iter([False])
         refused("earlier was with another judge", judge=lambda answer: next(first, True))

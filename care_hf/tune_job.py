@@ -9,7 +9,8 @@ from .judges import Judge, StrictJudge, WordJudge
 from .loaders import load_suite
 from .opening import open_model
 from .prompt_files import PromptSets
-from .search_space import FAMILIES, Space
+from .search_space import Space
+from .search_values import FAMILIES
 from .suite import Suite
 from .testbed import load_testbed
 from .testbed.suite import FitPrompts

@@ -13,18 +13,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .adapters import adapter_settings
-from .samples import Sample, Samples
+from .samples import Sample
 
 SAVE_SECONDS = 300  # how much work a killed process may lose, where it resumes
-
-
-def fingerprint(model: nn.Module, processor, samples: Mapping[str, Samples], settings: Mapping[str, Any]) -> str:
-    """A hash of all that the work depends on; of every parameter, some 64 values."""
-    prompts = {name: items.digests for name, items in samples.items()}
-    template = str(getattr(processor, "chat_template", None))
-    return hashlib.sha256(
-        json.dumps([settings, prompts, template, model_fingerprint(model)], sort_keys=True).encode()
-    ).hexdigest()
 
 
 def model_fingerprint(model: nn.Module) -> str:

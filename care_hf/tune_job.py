@@ -9,14 +9,16 @@ from .judges import Judge, StrictJudge, WordJudge
 from .loaders import load_suite
 from .opening import open_model
 from .prompt_files import PromptSets
-from .search_space import FAMILIES, Space
+from .recipe import RECIPES
+from .search_space import Space
+from .search_values import FAMILIES, MODALITY_FAMILY, TURN_FAMILY
 from .suite import Suite
 from .testbed import load_testbed
 from .testbed.suite import FitPrompts
 from .testbed.suite import load_suite as load_world
 from .testbed.world import ATTACKS, REFUSAL
 from .tuned import Tuned, told_recipe
-from .tuning import tune
+from .tuning import STARTS, tune
 from .tuning_choice import Rule
 from .tuning_study import load_optuna
 
@@ -128,6 +130,9 @@ def prepare(
         opened = open_model(model, device, dtype, repaired=False)
         loaded, processor = opened.model, opened.processor
     options["is_refusal"] = data.is_refusal
+    options["starts"] = [
+        name for name in STARTS if (TURN_FAMILY if RECIPES[name].by_turn else MODALITY_FAMILY) in families
+    ]
     space = Space.of(loaded, layers=tuple(layers) or None, families=tuple(families), batch_size=batch_size)
     return Plan(loaded, processor, data.prompts(chosen, True), asked, judge, space, rule, options)
 

@@ -11,7 +11,8 @@ from .fitting import Statistics, collect, collect_turns, prompt_scope
 from .judges import is_refusal
 from .recipe import Recipe
 from .samples import Samples, load_samples
-from .search_space import MODALITY_FAMILY, TURN_FAMILY, Space
+from .search_space import Space
+from .search_values import MODALITY_FAMILY, TURN_FAMILY
 from .sites import Site
 from .subspace import SafetySubspaces
 from .turn_repair import solve_turns

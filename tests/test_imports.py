@@ -59,7 +59,7 @@ ORDER = [
     {"undisturbed", "pair_runs", "repairing", "delegation", "loading"},
     {"replay"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
-    {"batching", "collection", "repair_files", "inspection_text", "correction"},
+    {"batching", "collection", "repair_files", "inspection_text", "correction", "search_values"},
     {"provenance", "inspection", "chatting", "search_space", "tuning_measures"},
     {"tuning_choice"},
     {"tuning_study"},

@@ -20,7 +20,8 @@ from care_hf.fitting import fit
 from care_hf.judges import StrictJudge
 from care_hf.recipe import RECIPES
 from care_hf.samples import Sample, load_samples
-from care_hf.search_space import FAMILIES, Choice, Range, Space
+from care_hf.search_space import Space
+from care_hf.search_values import FAMILIES, Choice, Range
 from care_hf.sites import runs_before
 from care_hf.subspace import SafetySubspaces
 from care_hf.suite import Suite

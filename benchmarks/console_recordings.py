@@ -47,6 +47,7 @@ def record(command, seconds, folder):
 
 
 def main():
+    from care_hf.samples import Sample
     from care_hf.testbed.files import write_files
     from care_hf.testbed.world import World
 
@@ -59,7 +60,7 @@ def main():
         write_files(folder / "more", n=24, families=("icon",))
         attacks = (folder / "more" / "malicious.jsonl").read_text().splitlines(keepends=True)
         (folder / "more" / "attacks.jsonl").write_text("".join(line for line in attacks if '"icon"' in line))
-        attack.image.save(folder / "more" / "attack.png")
+        Sample(attack.messages).images[0].save(folder / "more" / "attack.png")
         for title, told, commands in SCENES:
             shown = []
             for entry in commands:

@@ -109,7 +109,7 @@ class CannedRefusal:
 
     def applied(self, model: nn.Module, processor) -> AbstractContextManager[nn.Module]:
         """See `Defence`; a repaired model is taken without its repair."""
-        model = plain_copy(model) if isinstance(model, CareForConditionalGeneration) else model
+        model = plain_copy(model.vlm) if isinstance(model, CareForConditionalGeneration) else model
         ids = tokenizer_of(processor)(self.refusal, add_special_tokens=False)["input_ids"]
         return contextlib.nullcontext(_Canned(model, self.subspaces, ids, tokenizer_of(processor).pad_token_id))
 

@@ -307,7 +307,7 @@ def test_the_module_is_the_command():
 
 def test_a_chat_in_a_terminal(fitted, world, tmp_path):
     (attack,) = world.attack("icon", "validation", 1)
-    attack.image.save(tmp_path / "attack.png")
+    Sample(attack.messages).images[0].save(tmp_path / "attack.png")
     lines = f"/image {tmp_path / 'nothing.png'}\n/image {tmp_path / 'attack.png'}\n{attack.text}\n/new\nhello\n/quit\n"
     command = [*CARE, "chat", str(fitted[0]), "--max-new-tokens", "8"]
     code, text = run_in_terminal(command, stdin=lines, environment=WITHOUT_NETWORK)
@@ -345,7 +345,7 @@ def test_info_in_a_terminal(fitted):
     assert code == 0
     text = text[text.index("Checkpoint\n") :]  # after what libraries warn of as they are imported
     assert all(len(line) <= 80 for line in text.splitlines())
-    for told in ("Site 4.residual", "rank 4, orthogonal, beta 1", "eigenvalues", "1 required, 1 alarms, 1 more"):
+    for told in ("Site 4.residual", "rank 4, orthogonal, beta 1", "eigenvalues", "0 required, 1 alarms, 1 more"):
         assert told in " ".join(text.split())
 
 

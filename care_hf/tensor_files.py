@@ -148,22 +148,29 @@ class HubFiles:
         url = hf_hub_url(self.repo, name, revision=self.revision)
         headers = build_hf_headers(token=self.token)
         headers |= {"range": f"bytes={start}-{end - 1}", "accept-encoding": "identity"}
-        with get_session().stream("GET", url, headers=headers) as response:
-            if response.status_code >= 400:
-                response.read()
-            hf_raise_for_status(response)
-            if response.status_code == 206:
-                size = int(response.headers["content-range"].rpartition("/")[2])
-                return response.read(), size
-            size = int(response.headers.get("content-length", 0))
-            if min(end, size) > WHOLE:
-                raise OSError(f"The server gives {name} only whole, {size} bytes; download it, and name the folder.")
-            content = b""
-            for chunk in response.iter_bytes():
-                content += chunk
-                if len(content) >= end:
-                    break
-            return content[start:end], size
+        try:
+            with get_session().stream("GET", url, headers=headers) as response:
+                return self._received(response, name, start, end)
+        except OSError:
+            raise
+        except Exception as error:  # of the client, whose errors depend on its version
+            raise OSError(f"{name} of {self.repo} cannot be read ({error!r}); try again, or download it.") from error
+
+    def _received(self, response: Any, name: str, start: int, end: int) -> tuple[bytes, int]:
+        if response.status_code >= 400:
+            response.read()
+        hf_raise_for_status(response)
+        if response.status_code == 206:
+            return response.read(), int(response.headers["content-range"].rpartition("/")[2])
+        size = int(response.headers["content-length"])
+        if min(end, size) > WHOLE:
+            raise OSError(f"The server gives {name} only whole, {size} bytes; download it, and name the folder.")
+        content = b""
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) >= end:
+                break
+        return content[start:end], size
 
 
 def stored(dtype: str, shape: Collection[int]) -> Stored:

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the single prompts' divergences."""
-        rule = {"divergence": self.rule.divergence, "over_refusal": self.rule.over_refusal, "told": str(self.rule)}
+        rule = {**asdict(self.rule), "told": str(self.rule)}
         return {
             "format": FORMAT,
             "rule": rule,

@@ -174,9 +174,14 @@ def test_the_rule_takes_the_lowest_attack_success_within_its_limits():
     ]
     chosen, kept = Rule(0.05, 0.1).choose(trials)
     assert (chosen.number, kept) == (3, True)
+    assert Rule(0.05, 0.1, refusal=0.8).choose(trials)[0].number == 3  # of 10 attacks 8 are refused
+    assert Rule(None, 0.1, refusal=0.9).choose(trials)[0].number == 0
+    assert Rule(0.05, None, refusal=0.9).choose(trials)[0].number == 1
+    assert Rule(0.04, 0.0, refusal=0.85).choose(trials) == (trials[5], False)
     assert Rule(None, 0.1).choose(trials)[0].number == 0
     assert Rule(0.05, None).choose(trials)[0].number == 1
     assert "at most 0.05 nats" in str(Rule(0.05, 0.1)) and "at most 10 % of benign" in str(Rule(0.05, 0.1))
+    assert "refuse at least 80 % of attacks" in str(Rule(refusal=0.8))
 
 
 def test_where_no_trial_keeps_the_limits_the_least_divergence_is_chosen_and_told():
@@ -187,7 +192,9 @@ def test_where_no_trial_keeps_the_limits_the_least_divergence_is_chosen_and_told
         Rule().choose([Trial(0, Recipe(), UNSOLVED, reason="too few")])
 
 
-@pytest.mark.parametrize("limits", [{"divergence": -1}, {"over_refusal": 1.5}, {"divergence": math.nan}])
+@pytest.mark.parametrize(
+    "limits", [{"divergence": -1}, {"over_refusal": 1.5}, {"divergence": math.nan}, {"refusal": 2}]
+)
 def test_a_limit_that_means_nothing_is_refused(limits):
     with pytest.raises(ValueError, match="must be None or a number"):
         Rule(**limits)

@@ -31,7 +31,6 @@ SAMPLERS = ("tpe", "random")
 COLLECTED = ("turns.safetensors", "statistics.safetensors")
 TEST_PROMPTS = 160  # in each cell
 NEW = 12
-REFUSAL = 0.8  # of attacks, by the second rule
 
 
 def search(plan, sampler: str, seed: int, starts, out: Path, collected: Path) -> tuple[Tuned, float]:
@@ -43,15 +42,6 @@ def search(plan, sampler: str, seed: int, starts, out: Path, collected: Path) ->
     begun = time.monotonic()
     found = replace(plan, options={**plan.options, "sampler": sampler, "seed": seed, "starts": starts}).run(out)
     return found, time.monotonic() - begun
-
-
-def refusing(found: Tuned) -> str:
-    """Which trial a rule that also asks for refusals would choose, and its validation figures; it is not tested."""
-    rule = replace(found.rule, refusal=REFUSAL)
-    trial, kept = rule.choose(found.trials)
-    told = f"with at least {REFUSAL:.0%} refused, trial {trial.number}" if kept else "no trial keeps the limits and"
-    rates = f"ASR {trial.measured.success.percent}, refused {trial.measured.refused.percent}"
-    return f"{told}: validation {rates}: {told_recipe(trial.recipe)}" if kept else f"{told} {REFUSAL:.0%} refused"
 
 
 def row(name: str, validated: Measured, tested: dict) -> str:
@@ -86,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which checkpoint")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--searches", type=int, default=2, help="of each sampler, with seeds of their own")
+    parser.add_argument("--no-refusal-limit", action="store_true", help="choose by attack success alone")
     parser.add_argument("--starts", action="store_true", help="begin with the recipes")
     parser.add_argument("--n", type=int, default=24, help="validation prompts of every set")
     parser.add_argument("--out", type=Path, required=True)
@@ -94,7 +85,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {"max_new_tokens": NEW, "batch_size": 64}
-    plan = tune_job.prepare("", (), None, arguments.seed, arguments.n, arguments.trials, **options)
+    limit = {"min_refusal": None} if arguments.no_refusal_limit else {}
+    plan = tune_job.prepare("", (), None, arguments.seed, arguments.n, arguments.trials, **options, **limit)
     print(f"checkpoint {arguments.seed}, {plan.summary}", flush=True)
     begun = time.monotonic()
     solver = Solver(plan.model, plan.processor, plan.prompts, plan.space, plan.options["is_refusal"])
@@ -118,7 +110,7 @@ def main() -> None:
             told[name] = {state: states.count(state) for state in dict.fromkeys(states)} | {"seconds": round(seconds)}
             told[name] |= {"chosen": found.chosen.number, "kept": found.kept, "recipe": found.recipe.to_dict()}
             line = f"{name}: {told[name]['seconds']} s, trial {found.chosen.number}: {told_recipe(found.recipe)}"
-            print(line, refusing(found), sep="\n  ", flush=True)
+            print(line, flush=True)
     tests = [case for cases in load_suite("test", TEST_PROMPTS).sets.values() for case in cases]
     for found in searches.values():
         found.check_unseen(tests)

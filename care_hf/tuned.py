@@ -34,7 +34,7 @@ class Tuned:
         trials: all, in their order.
         front: the Pareto front, see `pareto`.
         chosen: the trial that `rule` chooses.
-        kept: whether it keeps the rule's limits, which no trial does otherwise.
+        kept: whether it keeps all of the rule's limits; no trial does otherwise.
         rule: see `Rule`.
         undefended: what the base does with the validation prompts.
         subspaces: the chosen repair.
@@ -128,11 +128,7 @@ class Tuned:
                     "# Tuning",
                     f"{len(self.trials)} trials ({counts}), sampler {self.settings['sampler']!r}, seed "
                     f"{self.settings['seed']}. {self.rule}",
-                    *(
-                        []
-                        if self.kept
-                        else ["No trial keeps these limits: chosen is the one of the lowest divergence."]
-                    ),
+                    *([] if self.kept else ["No trial keeps all of these limits."]),
                     f"Chosen is trial {self.chosen.number}: {told_recipe(self.recipe)}.",
                     "## Pareto front",
                     "These prompts chose the point, so that its figures are too good; report it on others. Percent "

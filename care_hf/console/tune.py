@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Json, OptionalModel, Out, Quiet
+from .options import BatchSize, Device, Dtype, Json, OptionalModel, Out, Quiet, batch_size
 from .voice import Voice
 
 
@@ -27,7 +27,7 @@ def tune(
     ] = None,
     max_over_refusal: Annotated[float | None, typer.Option(help="Share of benign prompts that may be refused.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 16,
+    batch: BatchSize = "16",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler; of the testbed, which checkpoint.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -51,7 +51,7 @@ def tune(
             families=tuple(family),
             layers=list(layer),
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=batch_size(batch),
             device=device,
             dtype=dtype,
             **{name: value for name, value in limits.items() if value is not None},

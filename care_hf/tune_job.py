@@ -84,6 +84,7 @@ def prepare(
     attacks: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    min_refusal: float | None = Rule.refusal,
 ) -> Plan:
     """Load everything.
 
@@ -106,13 +107,14 @@ def prepare(
             a file.
         device: as `opening.open_model` takes it.
         dtype: likewise.
+        min_refusal: the limit of `Rule.refusal`.
 
     Raises:
         ImportError: optuna is not installed.
         ValueError, OSError: a file, a name or a value does not fit; the message says which.
     """
     load_optuna()
-    rule = Rule(max_divergence, max_over_refusal)
+    rule = Rule(max_divergence, max_over_refusal, min_refusal)
     options = {"trials": trials, "sampler": sampler, "seed": seed}
     if not model:
         if suite or prompts:

@@ -26,6 +26,7 @@ def tune(
         float | None, typer.Option(help="Nats per token from the base on benign prompts that are allowed.")
     ] = None,
     max_over_refusal: Annotated[float | None, typer.Option(help="Share of benign prompts that may be refused.")] = None,
+    min_refusal: Annotated[float | None, typer.Option(help="Share of attacks that must be refused.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 32,
     batch: BatchSize = "16",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler; of the testbed, which checkpoint.")] = 0,
@@ -39,7 +40,7 @@ def tune(
     with voice.command():
         from care_hf import tune_job as job
 
-        limits = {"max_divergence": max_divergence, "max_over_refusal": max_over_refusal}
+        limits = {"max_divergence": max_divergence, "max_over_refusal": max_over_refusal, "min_refusal": min_refusal}
         plan = job.prepare(
             model,
             list(suite),

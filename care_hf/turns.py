@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import collection
-from .answers import generate_answers
+from .answers import answer_batch
 from .batching import first_size, run_batches
 from .collection import PromptFacts
 from .detectors import Cell, Prompts
@@ -148,7 +148,7 @@ class _Recorder:
 
     def ask(self, name: str, samples: Sequence[Sample], start: int) -> list[str]:
         """Have the model answer one batch."""
-        return generate_answers(self.model, self.processor, samples, 2 * self.recipe.steps, len(samples))
+        return answer_batch(self.model, self.processor, samples, 2 * self.recipe.steps)
 
     def hear(self, name: str, answers: list[str]) -> None:
         """Keep what `ask` gave."""

@@ -28,6 +28,7 @@ ORDER = [
         "quantised",
         "atomic",
         "publishing",
+        "memory",
         "settings_files",
         "shipped",
         "tensor_files",

@@ -13,6 +13,8 @@ ORDER = [
         "projection",
         "sites",
         "linalg",
+        "eigen",
+        "scatter",
         "processor_quirks",
         "samples",
         "rates",
@@ -138,7 +140,7 @@ def test_remote_code_needs_nothing_installed():
 
 
 def test_tensor_maths_knows_no_transformers():
-    for module in ("projection", "linalg", "attribution"):
+    for module in ("projection", "linalg", "eigen", "scatter", "attribution"):
         assert "transformers" not in imports(PACKAGE / f"{module}.py")[1], module
 
 

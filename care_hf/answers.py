@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .devices import input_device
 from .samples import Sample, batches, collate
 from .sites import image_token_ids
 
@@ -14,7 +15,7 @@ def generate_answers(model, processor, samples: Sequence, max_new_tokens: int, b
     answers = []
     for part in batches(samples, batch_size):
         batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
-        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        inputs = {name: value.to(input_device(model)) for name, value in batch.inputs.items()}
         output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = output[:, inputs["input_ids"].shape[1] :]
         answers += [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
@@ -35,7 +36,7 @@ def gate_fires(model, processor, samples: Sequence, batch_size: int = 64) -> tor
     try:
         for part in batches(samples, batch_size):
             batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
-            model(**{name: value.to(model.device) for name, value in batch.inputs.items()}, use_cache=False)
+            model(**{name: value.to(input_device(model)) for name, value in batch.inputs.items()}, use_cache=False)
     finally:
         handle.remove()
     return torch.cat(found)
@@ -47,7 +48,7 @@ def next_token_log_probabilities(model, processor, samples: Sequence, batch_size
     found = []
     for part in batches(samples, batch_size):
         batch = collate(processor, [Sample(s.messages) for s in part], image_token_ids(model.config))
-        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        inputs = {name: value.to(input_device(model)) for name, value in batch.inputs.items()}
         found.append(model(**inputs, use_cache=False).logits[:, -1].float().log_softmax(dim=-1).cpu())
     return torch.cat(found)
 

@@ -12,6 +12,7 @@ ORDER = [
     {
         "projection",
         "sites",
+        "devices",
         "linalg",
         "processor_quirks",
         "samples",
@@ -39,6 +40,7 @@ ORDER = [
         "rows",
         "attack_prompts",
         "interventions",
+        "reading",
         "contrasts",
         "trace_results",
         "base_fingerprint",

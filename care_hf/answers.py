@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .devices import input_device
 from .memory import in_batches
 from .samples import Sample, collate
 from .sites import image_token_ids
@@ -31,7 +32,7 @@ def answer_batch(model, processor, samples: Sequence, max_new_tokens: int) -> li
 
 def _inputs(model, processor, samples: Sequence) -> dict[str, torch.Tensor]:
     batch = collate(processor, [Sample(s.messages) for s in samples], image_token_ids(model.config))
-    return {name: value.to(model.device) for name, value in batch.inputs.items()}
+    return {name: value.to(input_device(model)) for name, value in batch.inputs.items()}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import resume
+from .devices import input_device
 from .interventions import evaluating
 from .memory import attempt
 
@@ -21,7 +22,7 @@ def first_size(batch_size: int | str, model: PreTrainedModel) -> int:
     """With how many prompts per forward to begin: `batch_size`, or, if it is "auto", many for the model's device."""
     if batch_size != "auto":
         return batch_size
-    return AUTO_ON_CPU if model.device.type == "cpu" else AUTO_ON_ACCELERATOR
+    return AUTO_ON_CPU if input_device(model).type == "cpu" else AUTO_ON_ACCELERATOR
 
 
 def run_batches(

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .devices import input_device
 from .interventions import contribution, rewritten, with_contribution
+from .reading import reading
 from .samples import Sample, batches, collate
 from .sites import Site, hidden_size
 
@@ -41,7 +43,7 @@ def collect_contributions(
     counted, share = 0, max(1, POOL // len(prompts))
     for part in logging.tqdm(list(batches(prompts, batch_size)), desc="Reading benign", unit="batch", leave=False):
         batch = collate(processor, [Sample(s.messages) for s in part], (), padding_side="right")
-        inputs = {name: value.to(model.device) for name, value in batch.inputs.items()}
+        inputs = {name: value.to(input_device(model)) for name, value in batch.inputs.items()}
         there = inputs["attention_mask"].bool()
         added = _contributions(model, sites, inputs)
         counts = there.sum(dim=1).cpu()
@@ -70,6 +72,7 @@ def _contributions(model, sites: Sequence[Site], inputs) -> dict[Site, torch.Ten
     with ExitStack() as stack:
         for site in sites:
             stack.enter_context(rewritten(model, site, note(site)))
+        stack.enter_context(reading(model, max(site.layer for site in sites)))
         model.base_model(**inputs, use_cache=False)
     return found
 
@@ -141,7 +144,7 @@ def generate_blocked(
     Returns:
         Token ids (B, at most `tokens`), and the logits of the first (B, vocabulary).
     """
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = {name: value.to(input_device(model)) for name, value in inputs.items()}
     length = inputs["input_ids"].shape[1]
     seen = -length
 

@@ -17,10 +17,11 @@ from .collection import Collection, PromptFacts, begin, describe
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
 from .provenance import origin
+from .reading import read
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, load_samples
 from .site_check import check_contributions
-from .sites import Site, hidden_size, record, visual_token_ids
+from .sites import Site, hidden_size, visual_token_ids
 from .subspace import SafetySubspaces, fit_subspaces
 
 CLASSES = ("benign", "malicious")
@@ -195,10 +196,7 @@ class _Collector:
         """Run one batch of class `name`: how many prompts it has, and their attributed tokens."""
         # Right padding: no prompt token sees it under causal attention, and positions count from 0 in every family.
         batch = collate(self.processor, samples, self.image_tokens, padding_side="right")
-        inputs = {key: value.to(self.model.device) for key, value in batch.inputs.items()}
-        with record(self.model, self.sites) as activations:
-            # The headless model: logits over the whole prompt would be the largest tensor of all.
-            self.model.base_model(**inputs, use_cache=False)
+        activations = read(self.model, self.sites, batch.inputs)
         return len(samples), {s: self._attribute(name, s, activations[s], batch, digests) for s in self.sites}
 
     def keep(self, name: str, found: tuple[int, Tokens]) -> None:

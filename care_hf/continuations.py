@@ -5,6 +5,8 @@ from typing import TypeAlias
 
 import torch
 
+from .devices import input_device
+
 Ids: TypeAlias = tuple[int, ...]
 
 
@@ -101,7 +103,7 @@ def _ends(model, rows: Sequence[Ids], keep: int) -> torch.Tensor:
         "attention_mask": mask,
         "position_ids": (mask.cumsum(1) - 1).clamp(min=0),  # a plain forward counts padding otherwise
     }
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs = {name: value.to(input_device(model)) for name, value in inputs.items()}
     # The vocabulary times a long prompt would be the largest tensor of all.
     logits = model(**inputs, use_cache=False, logits_to_keep=keep).logits
     return logits[:, -keep:].float().log_softmax(-1).cpu()

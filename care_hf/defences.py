@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from .devices import input_device
 from .merged_model import plain_copy
 from .modeling_care import CareForConditionalGeneration
 from .resume import model_fingerprint
@@ -129,7 +130,7 @@ class _Canned(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return input_device(self.model)
 
     @torch.no_grad()
     def generate(self, input_ids, **kwargs) -> torch.Tensor:

@@ -105,6 +105,35 @@ def entered_at(model: nn.Module, layer: int, calls: list[tuple[torch.Tensor, Any
 
 
 @contextmanager
+def ended_after(model: nn.Module, layer: int) -> Iterator[None]:
+    """While entered, a forward computes nothing above `layer` but the decoder's last norm, of what `layer` puts out.
+
+    Nothing is raised to end it, so that whatever brings weights and takes them away (accelerate's hooks, FSDP) sees a
+    whole forward; weights of the layers above are not even brought. What they would keep in a cache is missing there.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layers = decoder_layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer={layer}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")
+    last: list[Any] = []
+
+    def note(module, args, output):
+        last[:] = [output]
+
+    def passing(hidden_states, *args, **kwargs):
+        return replace_output(last[0], hidden_states)
+
+    with ExitStack() as stack:
+        stack.callback(last.clear)
+        stack.callback(layers[layer].register_forward_hook(note).remove)
+        for above in layers[layer + 1 :]:
+            stack.enter_context(forward_replaced(above, passing))
+        yield
+
+
+@contextmanager
 def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     """Let `forward` stand in for that of `module`, whatever stood in for it before; hooks go on working."""
     own = module.__dict__.get("forward")

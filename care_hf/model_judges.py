@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .continuations import log_probabilities
+from .devices import input_device
 from .judge_styles import STYLES, ClassifierStyle
 from .judges import is_refusal
 from .samples import tokenizer_of
@@ -222,7 +223,7 @@ class ToxicityJudge:
         highest, column = torch.zeros(len(answers)), self.model.config.label2id[self.label]
         for start in range(0, len(rows), self.batch_size):
             batch = self.tokenizer.pad({"input_ids": rows[start : start + self.batch_size]}, return_tensors="pt")
-            logits = self.model(**batch.to(self.model.device)).logits.float().cpu()
+            logits = self.model(**batch.to(input_device(self.model))).logits.float().cpu()
             scores = logits.sigmoid() if self.activation == "sigmoid" else logits.softmax(-1)
             part = torch.tensor(owners[start : start + self.batch_size])
             highest.scatter_reduce_(0, part, scores[:, column], "amax")

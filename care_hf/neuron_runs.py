@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .contrasts import Contrast
+from .devices import input_device
 from .samples import Samples, batches, collate
 from .sites import FFN_NAMES, decoder_layers, hidden_size, image_token_ids
 
@@ -116,7 +117,7 @@ class UnitRuns:
         total = math.ceil(len(prompts) / self.batch_size)
         for part in logging.tqdm(parts, desc=title, total=total, unit="batch", leave=False):
             inputs = collate(self.processor, part, image_token_ids(self.model.config)).inputs
-            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+            inputs = {name: value.to(input_device(self.model)) for name, value in inputs.items()}
             yield inputs, inputs["attention_mask"].bool()
 
     def _logits(self, inputs, use) -> torch.Tensor:

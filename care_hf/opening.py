@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_care import CareConfig, auto_class
+from .devices import input_device
 from .fitting import load_processor
 from .modeling_care import CareForConditionalGeneration
 from .sites import decoder_layers, hidden_size
@@ -41,7 +42,7 @@ class Opened:
         return {
             "model": f"{self.source}: {told}",
             "weights": f"{parameters:,} in {str(model.dtype).removeprefix('torch.')} on {self.device}",
-            "memory": free_memory(model.device),
+            "memory": free_memory(input_device(model)),
         }
 
     @property

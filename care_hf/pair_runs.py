@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .devices import input_device
 from .interventions import entered_at, layer_calls, rewritten
 from .samples import IGNORED, Sample, answered
 from .sites import Site, record, visual_token_ids
@@ -35,8 +36,8 @@ class PairRuns:
         prompts = [Sample(case.messages) for case in [*refused, *refused, *jailbroken, *jailbroken]]
         # Without an end of sequence: answers may have been cut off, and their ends are none.
         inputs, labels = answered(processor, prompts, [*refusals, *complied] * 2, end=False)
-        self.inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        self.labels = labels.to(model.device)
+        self.inputs = {name: value.to(input_device(model)) for name, value in inputs.items()}
+        self.labels = labels.to(input_device(model))
         self.groups = token_groups(self.inputs, self.labels, visual_token_ids(model.config))
         self._recorded: dict[Site, torch.Tensor] | None = None
         self._entered: int | None = None  # the layer that `_skips` is about: whether forwards may begin there

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from .devices import input_device
 from .samples import IGNORED, Sample, answered, batches
 
 
@@ -57,7 +58,7 @@ def sequence_logit(model, processor, samples: Sequence, target: str, batch_size:
     for part in batches(samples, batch_size):
         inputs, labels = answered(processor, part, [target] * len(part), end=False)
         here = labels[:, 1:] != IGNORED
-        scores = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits[:, :-1]
+        scores = model(**{name: value.to(input_device(model)) for name, value in inputs.items()}).logits[:, :-1]
         scores, chosen = scores[here.to(scores.device)].cpu().double(), labels[:, 1:][here][:, None]
         others = scores.scatter(-1, chosen, float("-inf")).logsumexp(-1)
         # Through the odds of each token, so that probabilities near 1 keep their differences.

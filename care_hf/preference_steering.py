@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
+from .devices import input_device
 from .samples import IGNORED, answered, batches
 from .sites import hidden_size
 from .steering_vectors import SteeringVectors, contrast_vectors
@@ -27,7 +28,7 @@ def answer_log_probs(model, processor, samples: Sequence, answers: Sequence[str]
     In float32 at least; differentiable in whatever the model's forward is.
     """
     inputs, labels = answered(processor, samples, answers)
-    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).logits
+    logits = model(**{name: value.to(input_device(model)) for name, value in inputs.items()}, use_cache=False).logits
     first = int((labels != IGNORED).int().argmax(dim=1).min())  # before it no row has an answer
     logits = logits[:, first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels[:, first:].to(logits.device)
@@ -103,7 +104,9 @@ def train_preference_steering(
     settings["contrasts"] = [list(map(len, contrast)) for contrast in contrasts]
     with _frozen(model):
         start, norms = contrast_vectors(model, processor, contrasts, layers, scale=scale, batch_size=batch_size)
-        steering = SteeringVectors(model, {site: v.to(model.device).requires_grad_() for site, v in start.items()})
+        steering = SteeringVectors(
+            model, {site: v.to(input_device(model)).requires_grad_() for site, v in start.items()}
+        )
         rms = {site: norm / math.sqrt(hidden_size(model)) for site, norm in norms.items()}
         groups = [{"params": [vector], "lr": lr * rms[site]} for site, vector in steering.vectors.items()]
         if steps:

@@ -15,6 +15,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 from .answers import generate_answers
+from .devices import input_device
 from .patches import ask_about_image, attribute_patches, keep_patches, patch_count, sequence_logit, with_image
 from .samples import IGNORED, Sample, answered, batches, collate
 from .sites import Site, decoder_layers, hidden_size, output_tensor, record, replace_output, site_module
@@ -290,5 +291,5 @@ def _last_token(model, processor, samples: Sequence[Sample], site: Site, batch_s
 @torch.no_grad()
 def _activations(model, inputs: dict[str, torch.Tensor], site: Site) -> torch.Tensor:
     with record(model, [site]) as activations:
-        model(**{name: value.to(model.device) for name, value in inputs.items()})
+        model(**{name: value.to(input_device(model)) for name, value in inputs.items()})
     return activations[site].cpu().double()

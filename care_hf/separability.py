@@ -14,9 +14,10 @@ from transformers.utils import logging
 
 from .adapters import unwrapped
 from .interventions import evaluating
+from .reading import read
 from .samples import Samples, batches, collate, load_samples
 from .separation import CLASSES, MEASURES, SiteSeparability, given_groups, group_ids, plan_labellings, separate_planned
-from .sites import Site, decoder_layers, record, site_module
+from .sites import Site, decoder_layers, site_module
 
 TOKENS = ("last", "mean")
 ORDER = ("attention", "ffn", "residual")  # in which a layer runs
@@ -207,8 +208,7 @@ def read_activations(
         for name, part in logging.tqdm(work, desc="Reading activations", unit="batch", leave=False):
             # Right padding: no prompt token sees it under causal attention, and positions count from 0.
             inputs = collate(processor, [samples[name][i] for i in part], (), padding_side="right").inputs
-            with record(model, sites) as activations:
-                model.base_model(**{k: v.to(model.device) for k, v in inputs.items()}, use_cache=False)
+            activations = read(model, sites, inputs)
             for site in sites:
                 h = take(activations[site], inputs["attention_mask"].to(activations[site].device).bool()).cpu()
                 if not torch.isfinite(h).all():

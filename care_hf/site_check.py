@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from .interventions import evaluating, layer_calls
-from .sites import Site, output_tensor, record
+from .reading import read
+from .sites import Site, output_tensor
 
 ROUNDING = 32  # in units of the dtype's rounding of the stream: what a layer's few additions may differ by
 
@@ -29,9 +30,8 @@ def check_contributions(model: nn.Module, sites: Sequence[Site], inputs: Mapping
     if not layers:
         return
     parts = [Site(layer, component) for layer in layers for component in ("attention", "ffn")]
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    with evaluating(model), layer_calls(model) as calls, record(model, parts) as activations:
-        model.base_model(**inputs, use_cache=False)
+    with evaluating(model), layer_calls(model) as calls:
+        activations = read(model, parts, inputs)
     for layer in layers:
         entered, left = calls[layer][0], output_tensor(calls[layer][1])
         of_parts = entered + sum(activations[Site(layer, component)] for component in ("attention", "ffn"))

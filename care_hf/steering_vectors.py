@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .devices import input_device
 from .samples import Sample, batches, collate
 from .sites import Site, hidden_size, output_tensor, record, replace_output, site_module
 
@@ -92,7 +93,7 @@ class SteeringVectors:
             raise ValueError(f"{path} has the format {header.get('format')!r}; this version reads {FORMAT!r}.")
         try:
             names = {key: key.removeprefix("sites.").removesuffix(".vector") for key in tensors}
-            vectors = {Site.parse(name): tensors[key].to(model.device) for key, name in names.items()}
+            vectors = {Site.parse(name): tensors[key].to(input_device(model)) for key, name in names.items()}
             if {f"sites.{site}.vector" for site in vectors} != set(tensors):
                 raise ValueError(f"the tensors {sorted(tensors)} are not all named as vectors of sites.")
             return cls(model, dict(sorted(vectors.items())), json.loads(header.get("settings", "{}")))
@@ -169,7 +170,7 @@ def _last_token_means(model, processor, samples, sites, batch_size) -> dict[Site
         inputs = collate(processor, [Sample(s.messages) for s in part], (), padding_side="right").inputs
         last = inputs["attention_mask"].sum(dim=1) - 1
         with record(model, sites) as activations:
-            model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False)
+            model(**{name: value.to(input_device(model)) for name, value in inputs.items()}, use_cache=False)
         for site in sites:
             h = activations[site][torch.arange(len(part)), last.to(activations[site].device)].cpu().double()
             sums[site][0] += h.sum(dim=0)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .devices import input_device
 from .processor_quirks import IGNORED, mark_answers
 from .samples import Batch, Sample, chat, collate, load_image
 from .sites import image_token_ids
@@ -78,14 +79,14 @@ def encode(model: nn.Module, processor, prompts: Sequence[Sample], targets: Sequ
     pixels = torch.stack([torch.from_numpy(np.array(load_image(s.images[0]))).permute(2, 0, 1) for s in prompts])
     _check_preprocessing(processor, pixels, inputs.get("pixel_values", torch.empty(0)))
     added = ids.shape[1] - before.shape[1]
-    masks = (nn.functional.pad(mask, (0, added)).to(model.device) for mask in (prompt.visual, prompt.text))
-    tokens = {name: value.to(model.device) for name, value in inputs.items() if name != "pixel_values"}
+    masks = (nn.functional.pad(mask, (0, added)).to(input_device(model)) for mask in (prompt.visual, prompt.text))
+    tokens = {name: value.to(input_device(model)) for name, value in inputs.items() if name != "pixel_values"}
     return TargetBatch(Batch(tokens, *masks), labels, pixels, [sample.digest for sample in prompts])
 
 
 def target_losses(model: nn.Module, processor, clean: TargetBatch, pixels: torch.Tensor) -> torch.Tensor:
     """``-log p(target | prompt)`` (B,) with the images `pixels` (B, 3, H, W) in [0, 255], by teacher forcing."""
-    values = differentiable_pixel_values(processor, pixels).to(model.device)
+    values = differentiable_pixel_values(processor, pixels).to(input_device(model))
     logits = model(**clean.batch.inputs, pixel_values=values, use_cache=False).logits
     first = int((clean.labels != IGNORED).int().argmax(1).min())  # before it no row has a target
     logits = logits[:, first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))

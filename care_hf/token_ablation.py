@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .devices import input_device
 from .interventions import rewritten
 from .samples import Batch
 from .sites import Site, decoder_layers
@@ -50,7 +51,7 @@ def ablated_log_probabilities(
     found = []
     for start in logging.tqdm(range(0, len(ablated), batch_size), desc="Ablating tokens", leave=False):
         rows = ablated[start : start + batch_size]
-        copies = {k: v.repeat(len(rows), *[1] * (v.ndim - 1)).to(model.device) for k, v in inputs.items()}
+        copies = {k: v.repeat(len(rows), *[1] * (v.ndim - 1)).to(input_device(model)) for k, v in inputs.items()}
         with _replacing(model, site, rows, _weights(rows, kinds, prompt)):
             logits = model(**copies, **options).logits[:, -len(chosen) - 1 : -1]
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)

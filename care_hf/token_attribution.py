@@ -12,6 +12,7 @@ from .adapters import unwrapped
 from .answers import generate_answers
 from .attribution import text_scores, visual_scores
 from .attribution_figures import ROUNDING, tokens_html
+from .devices import input_device
 from .image_grids import ImageGrid, image_grids
 from .interventions import evaluating
 from .samples import IGNORED, Batch, Sample, answered, collate, load_samples, tokenizer_of
@@ -245,7 +246,7 @@ def _answer(model, processor, sample: Sample, answer: str | None, max_new_tokens
 
 def _kernel_scores(model, batch: Batch, positions: torch.Tensor, site: Site) -> torch.Tensor:
     with record(model, [site]) as activations:
-        model(**{name: value.to(model.device) for name, value in batch.inputs.items()}, use_cache=False)
+        model(**{name: value.to(input_device(model)) for name, value in batch.inputs.items()}, use_cache=False)
     found = activations[site][0].cpu()
     found = found.to(torch.promote_types(found.dtype, torch.float32))
     visual, text = found[batch.visual[0]], found[batch.text[0]]

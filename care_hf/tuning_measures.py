@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .answers import generate_answers, relative_entropy
+from .devices import input_device
 from .judges import VERDICTS, Judge
 from .rates import Mean, Rate
 from .samples import IGNORED, answered, batches
@@ -172,7 +173,7 @@ def forced_log_probabilities(
     shortens = "logits_to_keep" in inspect.signature(getattr(model, "vlm", model).forward).parameters
     for start, part in zip(range(0, len(samples), batch_size), batches(samples, batch_size), strict=True):
         inputs, labels = answered(processor, part, answers[start : start + len(part)])
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        inputs = {name: value.to(input_device(model)) for name, value in inputs.items()}
         columns = labels.shape[1]
         first = int((labels != IGNORED).int().argmax(dim=1).min()) - 1  # what follows column `first` is the first token
         # Logits of whole prompts would be the largest tensor of all.

@@ -15,10 +15,11 @@ from .batching import first_size, run_batches
 from .collection import PromptFacts
 from .detectors import Cell, Prompts
 from .provenance import origin
+from .reading import read
 from .recipe import Recipe
 from .samples import IGNORED, Sample, Samples, answered, collate, generation_prompt
 from .site_check import check_contributions
-from .sites import Site, record
+from .sites import Site
 
 MIN_REFUSED = 16  # of which a mean is taken for an anchor
 
@@ -195,12 +196,10 @@ class _Recorder:
         """Record one batch, whose first prompt is the `start`-th of its class, with refusals forced."""
         answers = [self.refusal_after(name, index) for index in range(start, start + len(samples))]
         inputs, labels = answered(self.processor, samples, answers, end=False)
-        inputs = {key: value.to(self.model.device) for key, value in inputs.items()}
-        with record(self.model, [self.gate_site, *self.sites]) as activations:
-            self.model.base_model(**inputs, use_cache=False)
+        activations = read(self.model, [self.gate_site, *self.sites], inputs)
         parts: dict[str, list[torch.Tensor]] = {name: [] for name in ("gate", *map(str, self.sites))}
         lengths = (labels != IGNORED).sum(dim=1)
-        begins = inputs["attention_mask"].cpu().sum(dim=1) - lengths
+        begins = inputs["attention_mask"].sum(dim=1) - lengths
         for row, (length, begin) in enumerate(zip(lengths.tolist(), begins.tolist(), strict=True)):
             last = begin - 1
             parts["gate"].append(activations[self.gate_site][row, last].float().cpu()[None])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .devices import input_device
 from .interventions import forward_replaced
 from .sites import decoder_layers, output_tensor
 
@@ -54,7 +55,7 @@ class Undisturbed:
         self.model, self.tokens, self.layers = model, tokens, decoder_layers(model)
         _check_calls(model, inputs)
         self.ends, self.pad = _end_tokens(model)
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        inputs = {name: value.to(input_device(model)) for name, value in inputs.items()}
         self.ids, self.mask = inputs["input_ids"], inputs["attention_mask"]
         self.outputs: dict[nn.Module, Any] = {}
         entered: list[list[torch.Tensor]] = [[] for _ in self.layers]
@@ -204,4 +205,4 @@ def _end_tokens(model: nn.Module) -> tuple[torch.Tensor, int]:
     ends = config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     pad = config.pad_token_id if config.pad_token_id is not None else (ends or [0])[0]
-    return torch.tensor(ends, dtype=torch.int64, device=model.device), pad
+    return torch.tensor(ends, dtype=torch.int64, device=input_device(model)), pad

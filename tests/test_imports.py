@@ -12,6 +12,7 @@ ORDER = [
     {
         "projection",
         "sites",
+        "devices",
         "linalg",
         "eigen",
         "scatter",
@@ -42,6 +43,7 @@ ORDER = [
         "rows",
         "attack_prompts",
         "interventions",
+        "reading",
         "contrasts",
         "trace_results",
         "base_fingerprint",

@@ -52,7 +52,7 @@ def main():
     from care_hf.testbed.world import World
 
     world = World()
-    (attack,), (benign,) = world.attack("icon", "validation", 1), world.benign("recipe", "validation", 1)
+    (attack,), (benign,) = world.attack("typographic", "validation", 1), world.benign("recipe", "validation", 1)
     texts = {"attack": attack.text, "benign": benign.text}
     pages = [PAGE.read_text().partition(MARK)[0] + MARK]
     with tempfile.TemporaryDirectory() as where:

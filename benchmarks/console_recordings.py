@@ -29,9 +29,9 @@ SCENES = [
      ["evaluate repaired --suite testbed --split validation --quick --out results"]),
     ("Add prompts", "As if they had been there from the beginning.",
      ["fit try/model --malicious more/attacks.jsonl --out repaired --update"]),
-    ("Tune", "", ["tune --trials 6 --n 4 --out tuned"]),
+    ("Tune", "", ["tune --trials 4 --n 2 --family turn --out tuned"]),
     ("Mistakes", "", [
-        "fit try/modle --benign try/benign.jsonl --malicious try/malicious.jsonl --out other",
+        "fit try/model --benign try/benin.jsonl --malicious try/malicious.jsonl --out other",
         f"fit try/model {PROMPTS} --recipe lava-1.5-7b --out other",
         "merge repaired --out merged",
     ]),

@@ -103,13 +103,13 @@ class RowsWhitening:
 
     def __init__(self, rows: "Rows", scale: float, ridge: float):
         if not ridge > 0:
-            raise SingularError("Without a ridge, fewer rows than dimensions are singular.")
+            raise SingularError("Fewer rows than dimensions are singular without a ridge; raise it.")
         self.rows, self.ridge, self.share = rows, ridge, scale / ridge
         gram = rows.gram().mul_(self.share)
         gram.diagonal().add_(1)
         self.root = CholeskyWhitening(gram)
         if not self.root.factor.diagonal().max() < 1 / SINGULAR:
-            raise SingularError("The ridge is lost beside the rows.")
+            raise SingularError("The ridge is lost beside the rows; raise it.")
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
         """``F x``, (d, m)."""

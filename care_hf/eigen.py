@@ -11,9 +11,10 @@ import torch
 
 SINGULAR = 1e-7  # the smallest pivot of a factor against its largest
 WHOLE = 512  # up to this size a whole decomposition takes no longer
-TOLERANCE = 1e-10  # of ARPACK, relative to each eigenvalue
-RESIDUAL = 1e-8  # relative to the smallest eigenvalue wanted; over the gap to the next, about the sine of the error
-MISSED = 1e-3  # how closely eigenvalues that were missed are looked for
+TOLERANCE = 1e-8  # of ARPACK, relative to each eigenvalue; over the relative gap to the next, the error of the span
+RESIDUAL = 1e-7  # what is let through, relative to the smallest eigenvalue wanted
+ROUNDING = 1e-13  # relative to the largest eigenvalue: no decomposition leaves smaller residuals
+MISSED = 1e-2  # how closely eigenvalues that were missed are looked for
 RESTARTS = 60  # some 1,000 products; about then the whole decomposition is as fast
 
 
@@ -102,13 +103,13 @@ class RowsWhitening:
 
     def __init__(self, rows: "Rows", scale: float, ridge: float):
         if not ridge > 0:
-            raise SingularError("Without a ridge, fewer rows than dimensions are singular.")
+            raise SingularError("Fewer rows than dimensions are singular without a ridge; raise it.")
         self.rows, self.ridge, self.share = rows, ridge, scale / ridge
         gram = rows.gram().mul_(self.share)
         gram.diagonal().add_(1)
         self.root = CholeskyWhitening(gram)
         if not self.root.factor.diagonal().max() < 1 / SINGULAR:
-            raise SingularError("The ridge is lost beside the rows.")
+            raise SingularError("The ridge is lost beside the rows; raise it.")
 
     def out(self, x: torch.Tensor) -> torch.Tensor:
         """``F x``, (d, m)."""
@@ -182,19 +183,21 @@ def _krylov(moments: Moments, whitening: Whitening, rank: int) -> tuple[torch.Te
     try:
         values, vectors = _arpack(whitened, rank, generator.standard_normal(d), TOLERANCE)
         # Lanczos may find one copy of an eigenvalue that there are several of; then one as large is left.
-        missed, _ = _arpack(rest, 1, generator.standard_normal(d), MISSED)
+        missed, _ = _arpack(rest, 1, generator.standard_normal(d), MISSED, ncv=12)
     except ArpackError:  # no convergence, or a matrix of zeros
         return None
     residuals = np.linalg.norm(whitened(vectors) - vectors * values, axis=0)
-    if residuals.max() > RESIDUAL * values[0] or missed[0] > (1 + MISSED) * values[0]:
+    if residuals.max() > max(RESIDUAL * values[0], ROUNDING * values[-1]) or missed[0] > (1 + MISSED) * values[0]:
         return None
     pairs = (torch.from_numpy(found.copy()).to(moments.like) for found in (values[::-1], vectors[:, ::-1]))
     return tuple(pairs)
 
 
-def _arpack(product: Callable, rank: int, start: np.ndarray, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+def _arpack(
+    product: Callable, rank: int, start: np.ndarray, tolerance: float, ncv: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Values in increasing order, and vectors."""
     from scipy.sparse.linalg import LinearOperator, eigsh
 
     operator = LinearOperator((len(start), len(start)), matvec=product, matmat=product, dtype=start.dtype)
-    return eigsh(operator, rank, which="LA", v0=start, tol=tolerance, maxiter=RESTARTS)
+    return eigsh(operator, rank, which="LA", v0=start, ncv=ncv, tol=tolerance, maxiter=RESTARTS)

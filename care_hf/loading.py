@@ -199,24 +199,41 @@ def _tied(model: nn.Module, name: str) -> bool:
 def repair_digest(model: nn.Module, state: Mapping[str, torch.Tensor] | None = None) -> str:
     """A hash of every bit of the repair of a `CareForConditionalGeneration`: its tensors and its settings.
 
-    Tensors go by site, so that modules may be renamed; where the model is, and in which dtype, does not matter.
-
     Args:
         model: the repaired model; nothing of its repair is on the meta device.
         state: what is saved in place of the model's own tensors, if so.
     """
     config, names = model.config, {id(module): name for name, module in model.named_modules()}
-    parts = [(f"sites.{site}", module, "care") for site, module in model._site_modules().items()]
+    modules = {f"sites.{site}": (module, "care") for site, module in model._site_modules().items()}
     if config.gate:
-        parts.append(("gate", model._gate_module(), "care_gate"))
+        modules["gate"] = model._gate_module(), "care_gate"
+    tensors = {
+        key: {
+            leaf: (state or {}).get(f"{names[id(module)]}.{kind}.{leaf}", buffer)
+            for leaf, buffer in getattr(module, kind).named_buffers()
+        }
+        for key, (module, kind) in modules.items()
+    }
+    return digest(config, tensors)
+
+
+def digest(config: Any, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """A hash of the settings and tensors of a repair.
+
+    Tensors go by site, so that modules may be renamed; where they are, and in which dtype, does not matter.
+
+    Args:
+        config: a `CareConfig`.
+        tensors: of each site, as "sites.16.ffn", and of the "gate", if there is one, by name.
+    """
     settings = {name: getattr(config, name) for name in ("sites", "fusion", "scope", "gate")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for key, module, kind in sorted(parts, key=lambda part: part[0]):
-        for leaf, buffer in sorted(getattr(module, kind).named_buffers()):
-            value = (state or {}).get(f"{names[id(module)]}.{kind}.{leaf}", buffer).detach()
+    found = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for key, of_part in sorted(tensors.items()):
+        for leaf, value in sorted(of_part.items()):
+            value = value.detach()
             value = value.float() if value.is_floating_point() else value.long()
-            digest.update(f"{key}.{leaf} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
-    return digest.hexdigest()
+            found.update(f"{key}.{leaf} {tuple(value.shape)}".encode() + value.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_digest(model: nn.Module) -> None:
@@ -225,10 +242,18 @@ def check_digest(model: nn.Module) -> None:
     Raises:
         ValueError: it is not.
     """
-    expected = model.config.repair_digest
-    if expected is None and model.config.care_format < FORMAT:
+    check_found(model.config, repair_digest(model))
+
+
+def check_found(config: Any, found: str) -> None:
+    """The same, of the digest `found` and the `CareConfig` that says what it should be.
+
+    Raises:
+        ValueError: they differ.
+    """
+    expected = config.repair_digest
+    if expected is None and config.care_format < FORMAT:
         return  # of a version that wrote none
-    found = repair_digest(model)
     if found != expected:
         raise ValueError(
             f"The repair has the digest {found[:12]}, but config.json says {str(expected)[:12]}: a tensor or setting "

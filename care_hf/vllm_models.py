@@ -4,6 +4,7 @@ The classes are made when they are asked for, by name, since each takes a module
 """
 
 import functools
+import importlib
 import re
 from collections.abc import Iterable, Iterator
 
@@ -47,8 +48,7 @@ class ServedCare:
             ValueError: the repair is not whole, see `Repair.take`.
         """
         loaded = super().load_weights(self._as_vllm_names(self.care_repair.take(weights)))
-        if not self.care_repair.whole:
-            raise ValueError("vLLM did not read all weights of the checkpoint, so the repair could not be checked.")
+        self.care_repair.check(self)
         return loaded
 
     def _as_vllm_names(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -69,15 +69,14 @@ class ServedBackend(ServedCare):
 
 @functools.cache
 def _made(name: str) -> type[nn.Module]:
-    if name == BACKEND:
-        from vllm.model_executor.models.transformers import TransformersMultiModalForCausalLM
-
-        return type(name, (ServedBackend, TransformersMultiModalForCausalLM), {"__module__": __name__})
     base = name.removeprefix("Care")
-    if base == name or base not in NATIVE:
+    if base == name or base not in (*NATIVE, *BACKEND):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    cls = ModelRegistry.models[base].load_model_cls()
-    return type(name, (ServedCare, cls), {"__module__": __name__, "__doc__": f"A repaired {base}."})
+    doc = {"__module__": __name__, "__doc__": f"A repaired {base}."}
+    if base in NATIVE:
+        return type(name, (ServedCare, ModelRegistry.models[base].load_model_cls()), doc)
+    cls = getattr(importlib.import_module("vllm.model_executor.models.transformers"), base)
+    return type(base, (ServedBackend, cls), doc)  # by its name vLLM tells whether a model is of its backend
 
 
 def __getattr__(name: str) -> type[nn.Module]:

@@ -1,4 +1,4 @@
-"""vLLM's way in: with care_hf installed it serves repaired checkpoints as they are (entry point `vllm.general_plugins`)."""
+"""vLLM's way in, its entry point `vllm.general_plugins`: with care_hf installed it serves repaired checkpoints."""
 
 
 def register() -> None:
@@ -10,5 +10,5 @@ def register() -> None:
     from .vllm_settings import BACKEND, NATIVE, install
 
     install()
-    for name in (*(f"Care{name}" for name in NATIVE), BACKEND):
-        ModelRegistry.register_model(name, f"care_hf.vllm_models:{name}")
+    for name in (*NATIVE, *BACKEND):
+        ModelRegistry.register_model(f"Care{name}", f"care_hf.vllm_models:Care{name}")

@@ -12,7 +12,7 @@ from .gating import GateReader, TurnProjection, among
 from .loading import ADVICE, check_found, digest, of_the_repair
 from .projection import SafetyProjection
 from .sites import Site, image_token_ids, visual_token_ids
-from .vllm_sites import Place, swap
+from .vllm_sites import Place, check_in_place, swap
 from .vllm_turns import TurnCache, Turns
 
 KEY = re.compile(r"(?:^|.*\.)(\d+)\.(?:([\w.]+)\.)?(care|care_gate)\.([\w.]+)")  # layer, path, kind, leaf
@@ -32,7 +32,7 @@ class Repair:
     """
 
     def __init__(self, config: CareConfig, vllm_config: VllmConfig, places: Callable[[list[Site]], dict[Site, Place]]):
-        self.config, self.whole = config, False
+        self.config, self.whole, self._filled = config, False, False
         gate_site = Site.parse(config.gate["site"]) if config.gate else None
         sites = {Site.parse(entry["site"]): entry for entry in config.sites}
         self._places = places(sorted({*sites, *([gate_site] if gate_site else [])}))
@@ -92,7 +92,8 @@ class Repair:
             ValueError: a tensor of the repair is missing, foreign, there twice, or not what was saved; or the weights
                 are not those of a repaired checkpoint.
         """
-        self.whole, filled = False, set()
+        self.whole = self._filled = False
+        filled: set[tuple[str, str]] = set()
         for key, tensor in weights:
             if key == "layers":
                 self._check_layers(tensor)
@@ -108,7 +109,7 @@ class Repair:
         if lacking:
             raise ValueError(f"The checkpoint lacks {len(lacking)} tensors: {', '.join(lacking[:5])}. {ADVICE}")
         self._check()
-        self.whole = True
+        self._filled = True
 
     def _check_layers(self, tensor: torch.Tensor) -> None:
         expected = sorted({Site.parse(entry["site"]).layer for entry in self.config.sites})
@@ -129,6 +130,18 @@ class Repair:
             )
         buffer.copy_(tensor)
         filled.add((name, found[4]))
+
+    def check(self, model: nn.Module) -> None:
+        """Assert, once it is filled, that it is applied; before, no forward is allowed.
+
+        Raises:
+            ValueError: vLLM did not read all weights, or a module that is to repair its output would not.
+        """
+        if not self._filled:
+            raise ValueError("vLLM did not read all weights of the checkpoint, so the repair could not be checked.")
+        for place in self._places.values():
+            check_in_place(model, place)
+        self.whole = True
 
     def _check(self) -> None:
         for name, part in self.parts.items():

@@ -17,7 +17,8 @@ NATIVE = (  # whose modules have been held against those of transformers
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
 )
-BACKEND = "CareTransformers"
+BACKEND = tuple(f"Transformers{images}{experts}ForCausalLM" for images in ("", "MultiModal") for experts in ("", "MoE"))
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def served_config(config: CareConfig) -> PreTrainedConfig:
@@ -39,11 +40,20 @@ def served_config(config: CareConfig) -> PreTrainedConfig:
     base = copy.deepcopy(config.vlm_config)
     setattr(base, KEPT, {name: copy.deepcopy(getattr(config, name)) for name in REPAIR})
     base.dtype = config.dtype
-    name = auto_class(base)._model_mapping[type(base)]
-    name = (name[0] if isinstance(name, tuple) else name).__name__
-    base.architectures = [f"Care{name}" if name in NATIVE else BACKEND]
+    base.architectures = [f"Care{_vllm_class(base)}"]
     base.name_or_path = config.name_or_path
     return base
+
+
+def _vllm_class(base: PreTrainedConfig) -> str:
+    """vLLM's class of the base, or that of its Transformers backend."""
+    name = auto_class(base)._model_mapping[type(base)]
+    name = (name[0] if isinstance(name, tuple) else name).__name__
+    if name in NATIVE:
+        return name
+    text = base.get_text_config()
+    experts = any(getattr(text, count, None) for count in EXPERTS)
+    return f"Transformers{'' if text is base else 'MultiModal'}{'MoE' if experts else ''}ForCausalLM"
 
 
 def repair_config(config: PreTrainedConfig) -> CareConfig:

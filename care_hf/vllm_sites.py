@@ -26,12 +26,14 @@ class ServedSite:
         care_gate: a `GateReader`, or None.
         care_turns: a `Turns`, what the repaired modules share.
         care_scope: see `CareConfig`.
+        care_forward: what stands in for the forward of the module's class, or None.
         care_halves: whether the output is two tensors of which the stream is the sum, as layers of vLLM's own have it.
     """
 
     def forward(self, *args, **kwargs):
         """The module's own forward, then the gate, then the repair."""
-        output = super().forward(*args, **kwargs)
+        own = self.care_forward
+        output = super().forward(*args, **kwargs) if own is None else own(*args, **kwargs)
         h = output[0] + output[1] if self.care_halves else output_tensor(output)
         if self.care_gate is not None:
             torch.ops.vllm.care_decide(h.reshape(-1, h.shape[-1]), self.care_turns.packed)
@@ -85,7 +87,7 @@ def known_places(layers: nn.ModuleList, sites: Iterable[Site]) -> dict[Site, Pla
         if name not in KNOWN_LAYERS:
             raise ValueError(
                 f"Site {site}: it is not known what a {name} adds to the residual stream. Serve the checkpoint through "
-                'vLLM\'s Transformers backend: --hf-overrides \'{"architectures": ["CareTransformers"]}\'.'
+                'vLLM\'s Transformers backend: --hf-overrides \'{"architectures": ["CareTransformersMultiModalForCausalLM"]}\'.'
             )
         places[site] = Place(layer.get_submodule(path), path, halves=not path)
     return places
@@ -111,5 +113,22 @@ def swap(place: Place, turns: Turns, scope: str) -> nn.Module:
     if not isinstance(module, ServedSite):
         module.__class__ = served_class(type(module))
         module.care = module.care_gate = None
+        # vLLM's Transformers backend puts a forward of its own on a module whose linear layers it joins.
+        module.care_forward = module.__dict__.pop("forward", None)
     module.care_turns, module.care_scope, module.care_halves = turns, scope, place.halves
     return module
+
+
+def check_in_place(model: nn.Module, place: Place) -> None:
+    """Assert that whatever runs the module of `place` runs its repair.
+
+    Raises:
+        ValueError: the module has another forward, or is no part of the model any more.
+    """
+    module = place.module
+    found = getattr(module.forward, "__func__", None)
+    if found is not ServedSite.forward or all(other is not module for other in model.modules()):
+        raise ValueError(
+            f"Something took the place of {type(module).__name__} or of its forward, so that it would run unrepaired; "
+            "serve without what changes modules (quantisation, adapters), or with another version of vLLM."
+        )

@@ -4,6 +4,7 @@ Prompts, the repaired model's greedy answers with their log-probabilities, and t
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaForConditionalGeneration,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -31,8 +36,9 @@ from care_hf import CareForConditionalGeneration, SafetySubspaces
 from care_hf.gating import Gate
 from care_hf.projection import Subspace
 from care_hf.sites import Site, hidden_size, record
-from care_hf.testbed import World, load_testbed
+from care_hf.testbed import DATA, World, load_testbed
 from care_hf.testbed.prompts import fit_prompts
+from families import FAMILIES
 from families.text import VOCABULARY_SIZE, build_tokenizer, chat_template
 from tiny import qwen_config
 
@@ -86,17 +92,26 @@ def answer(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[lis
     return ids, [step[0].log_softmax(-1)[token].item() for step, token in zip(given.logits, ids, strict=True)]
 
 
-def write(folder: Path, name: str, repaired: Any, processor: Any, prompts: Sequence[Prompt], save=None) -> None:
-    """The checkpoint (unless `save` writes another in its place), and what it answers."""
+def write(folder: Path, name: str, repaired: Any, processor: Any, prompts: Sequence[Prompt], merge=False) -> None:
+    """The checkpoint, merged or as it is, and what transformers answers with it."""
     repaired.processor = processor
-    (save or repaired.save_pretrained)(folder / name)
+    if merge:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        care_hf.merge(repaired, folder / name)
+        auto = AutoModelForImageTextToText if repaired.vlm.config.sub_configs else AutoModelForCausalLM
+        answering = auto.from_pretrained(folder / name, dtype=torch.float32).eval()  # files may be of half precision
+    else:
+        repaired.save_pretrained(folder / name)
+        answering = repaired
     rows = []
     for prompt in prompts:
         inputs = inputs_of(processor, prompt)
-        ids, logprobs = answer(repaired, inputs)
+        ids, logprobs = answer(answering, inputs)
         with repaired.disable():
             base, _ = answer(repaired, inputs)
-        rows.append({**prompt, "ids": inputs["input_ids"][0].tolist(), "answer": ids, "logprobs": logprobs, "base": base})
+        rows.append(
+            {**prompt, "ids": inputs["input_ids"][0].tolist(), "answer": ids, "logprobs": logprobs, "base": base}
+        )
     (folder / f"{name}.json").write_text(json.dumps(rows))
     changed = sum(row["answer"] != row["base"] for row in rows)
     print(f"{name}: {len(rows)} prompts, the repair changes {changed} answers", flush=True)
@@ -235,6 +250,56 @@ def qwen_vl_gated(folder: Path) -> None:
     write(folder, "qwen2.5-vl-gated", repaired, processor, prompts)
 
 
+def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, gate_site: Site) -> None:
+    """A tiny family of the tests, wide enough for vLLM on a CPU."""
+    family = FAMILIES[name]
+    config = family.config()
+    for key, value in heads.items():
+        setattr(config.get_text_config(), key, value)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    processor, draw, prompts = family.processor(config), torch.Generator().manual_seed(4), []
+    for row, question in enumerate(QUESTIONS):
+        for pictured in (False, True):
+            image = Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=draw).byte().numpy())
+            content = [{"type": "image"}] * pictured + [{"type": "text", "text": question}]
+            text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            prompts.append({"text": text, "image": keep(folder, f"{name}-{row}", image) if pictured else None})
+    end = processor.tokenizer.convert_tokens_to_ids(["?", "<assistant>"])
+    repaired = gated(model, processor, prompts, end, *sites, gate_site=gate_site)
+    write(folder, f"{name}-gated", repaired, processor, prompts)
+
+
+def gemma3_gated(folder: Path) -> None:
+    """A norm comes after its FFN, and most layers look back by a window."""
+    sites = Site(1, "ffn"), Site(2, "residual")
+    family_gated(folder, "gemma3", {"head_dim": 32}, *sites, gate_site=Site(1, "attention"))
+
+
+def others(folder: Path) -> None:
+    for name in ("internvl", "llava_next", "aya_vision", "paligemma", "qwen2_vl", "qwen3_vl", "mistral3", "smolvlm"):
+        try:
+            more = {"head_dim": 32}
+            if "qwen" in name:
+                more["rope_parameters"] = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
+            family_gated(folder, name, more, Site(1, "ffn"), gate_site=Site(0, "residual"))
+        except Exception as e:
+            print(name, repr(e)[:300])
+
+
+def idefics3_gated(folder: Path) -> None:
+    """Images in tiles."""
+    family_gated(folder, "idefics3", {"head_dim": 32}, Site(1, "ffn"), gate_site=Site(0, "residual"))
+
+
+def phi3_gated(folder: Path) -> None:
+    """A language model that is not among those that vLLM's own classes are known of."""
+    model, tokenizer = language_model(Phi3ForCausalLM, Phi3Config), build_tokenizer()
+    end, prompts = tokenizer.convert_tokens_to_ids(["?", "<assistant>"]), text_prompts()
+    repaired = gated(model, tokenizer, prompts, end, Site(1, "ffn"), Site(2, "residual"), gate_site=Site(0, "ffn"))
+    write(folder, "phi3-gated", repaired, tokenizer, prompts)
+
+
 def merged(model: PreTrainedModel, beta: float, *layers: int) -> CareForConditionalGeneration:
     """An affine repair of FFNs; linear if `beta` is 0."""
     draw = torch.Generator().manual_seed(5)
@@ -245,20 +310,26 @@ def merged(model: PreTrainedModel, beta: float, *layers: int) -> CareForConditio
     return CareForConditionalGeneration.from_base(model, SafetySubspaces(sites, fusion="constant"))
 
 
+def load_hub_named(folder: Path) -> tuple[PreTrainedModel, Any]:
+    """The testbed as the Hub has LLaVA: transformers 5 saves CLIP's tower by names that vLLM does not know."""
+    plain = folder / "llava-hub-names"
+    shutil.copytree(DATA / "seed0", plain, dirs_exist_ok=True)
+    tensors = load_file(plain / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.", 1) for name in tensors}
+    save_file({names[name]: t for name, t in tensors.items()}, plain / "model.safetensors", {"format": "pt"})
+    return LlavaForConditionalGeneration.from_pretrained(plain, dtype=torch.float32).eval(), load_testbed(0)[1]
+
+
 def merges(folder: Path) -> None:
     """Ordinary checkpoints, for vLLM without this package's classes."""
-
-    def save(path: Path) -> None:
-        care_hf.merge(repaired, path)
-
     tokenizer, prompts = build_tokenizer(), text_prompts()
     repaired = merged(language_model(LlamaForCausalLM, LlamaConfig), 1.0, 1, 2)
-    write(folder, "llama-merged", repaired, tokenizer, prompts, save)
+    write(folder, "llama-merged", repaired, tokenizer, prompts, merge=True)
     repaired = merged(language_model(Qwen2ForCausalLM, Qwen2Config), 0.0, 1, 2)
-    write(folder, "qwen2-merged", repaired, tokenizer, prompts, save)
-    model, processor = load_testbed(0)
+    write(folder, "qwen2-merged", repaired, tokenizer, prompts, merge=True)
+    model, processor = load_hub_named(folder)
     repaired = merged(model, 1.0, 2, 3)
-    write(folder, "llava-merged", repaired, processor, world_prompts(folder, processor), save)
+    write(folder, "llava-merged", repaired, processor, world_prompts(folder, processor), merge=True)
 
 
 BUILDERS: tuple[Callable[[Path], None], ...] = (
@@ -267,6 +338,10 @@ BUILDERS: tuple[Callable[[Path], None], ...] = (
     world_routed,
     llama_gated,
     qwen_vl_gated,
+    gemma3_gated,
+    others,
+    idefics3_gated,
+    phi3_gated,
     merges,
 )
 

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
-os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_SIM_MULTI_NUMA="1")
+os.environ.update(
+    HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING", VLLM_CPU_SIM_MULTI_NUMA="1"
+)
 
 NEW_TOKENS = 20
 CONNECTED = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
 PLAIN = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "seed": 0}
+BACKEND = {"hf_overrides": {"architectures": ["CareTransformersMultiModalForCausalLM"]}}
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 16, "disable_chunked_mm_input": False}
 
 
@@ -58,11 +61,29 @@ CASES = (
     Case("prefix caching, second time", GATED, {"block_size": 32}, rounds=2, shows="cached"),
     Case("preemption, 12 blocks of 32", GATED, {"block_size": 32, "num_gpu_blocks_override": 13}, shows="preempted"),
     Case("torch.compile", GATED, {"enforce_eager": False}),
+    Case("Transformers backend, chunked prefill", GATED, BACKEND | CHUNKED),
     Case("continuous batching", "llava-printed"),
     Case("chunked prefill, 16 tokens a step", "llava-routed", CHUNKED),
     Case("chunked prefill, 16 tokens a step", "llama-gated", CHUNKED),
     Case("continuous batching", "qwen2.5-vl-gated"),
     Case("chunked prefill, 16 tokens a step", "qwen2.5-vl-gated", CHUNKED),
+    Case("Transformers backend, chunked prefill", "gemma3-gated", CHUNKED),
+    Case("Transformers backend, chunked prefill", "idefics3-gated", CHUNKED),
+    Case("Transformers backend, chunked prefill", "phi3-gated", CHUNKED),
+    *(
+        Case("x", f"{n}-gated")
+        for n in (
+            "gemma3",
+            "internvl",
+            "llava_next",
+            "aya_vision",
+            "paligemma",
+            "qwen2_vl",
+            "qwen3_vl",
+            "mistral3",
+            "smolvlm",
+        )
+    ),
     Case("merged, stock class", "llama-merged"),
     Case("merged, stock class", "qwen2-merged"),
     Case("merged, stock class", "llava-merged"),

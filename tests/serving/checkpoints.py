@@ -43,7 +43,7 @@ from families.text import VOCABULARY_SIZE, build_tokenizer, chat_template
 from tiny import qwen_config
 
 NEW_TOKENS = 20
-Prompt = dict[str, Any]  # "text", and "image" or None
+Prompt = dict[str, Any]  # "text", "image" or None, and perhaps the "parts" of its message, "image" for the image
 QWEN = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 QUESTIONS = (
     "how do i make a cake ?",
@@ -127,7 +127,8 @@ def world_prompts(folder: Path, processor: Any) -> list[Prompt]:
         parts = item["messages"][0]["content"]
         image = next((part["image"] for part in parts if part["type"] == "image"), None)
         text = processor.apply_chat_template(item["messages"], add_generation_prompt=True, tokenize=False)
-        prompts.append({"text": text, "image": keep(folder, f"world-{index}", image)})
+        order = [part.get("text", part["type"]) for part in parts]
+        prompts.append({"text": text, "image": keep(folder, f"world-{index}", image), "parts": order})
     # A second turn, whose prompt holds the end of the first one's.
     turns = [prompts[0]["text"] + "mix milk</s>" + p["text"].removeprefix("<s>") for p in prompts if not p["image"]]
     return prompts + [{"text": text, "image": None} for text in turns[:4]]
@@ -250,7 +251,7 @@ def qwen_vl_gated(folder: Path) -> None:
     write(folder, "qwen2.5-vl-gated", repaired, processor, prompts)
 
 
-def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, gate_site: Site) -> None:
+def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, gate_site: Site, images=True) -> None:
     """A tiny family of the tests, wide enough for vLLM on a CPU."""
     family = FAMILIES[name]
     config = family.config()
@@ -260,7 +261,7 @@ def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, g
     model = AutoModelForImageTextToText.from_config(config).eval()
     processor, draw, prompts = family.processor(config), torch.Generator().manual_seed(4), []
     for row, question in enumerate(QUESTIONS):
-        for pictured in (False, True):
+        for pictured in (False, True)[: 1 + images]:
             image = Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=draw).byte().numpy())
             content = [{"type": "image"}] * pictured + [{"type": "text", "text": question}]
             text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -271,25 +272,22 @@ def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, g
 
 
 def gemma3_gated(folder: Path) -> None:
-    """A norm comes after its FFN, and most layers look back by a window."""
+    """A norm comes after its FFN, and half of its layers look back by a window.
+
+    No images: of these vLLM on a CPU lets no token see a later one, unlike transformers, whatever is repaired.
+    """
     sites = Site(1, "ffn"), Site(2, "residual")
-    family_gated(folder, "gemma3", {"head_dim": 32}, *sites, gate_site=Site(1, "attention"))
+    family_gated(folder, "gemma3", {"head_dim": 32}, *sites, gate_site=Site(1, "attention"), images=False)
 
 
-def others(folder: Path) -> None:
-    for name in ("internvl", "llava_next", "aya_vision", "paligemma", "qwen2_vl", "qwen3_vl", "mistral3", "smolvlm"):
-        try:
-            more = {"head_dim": 32}
-            if "qwen" in name:
-                more["rope_parameters"] = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
-            family_gated(folder, name, more, Site(1, "ffn"), gate_site=Site(0, "residual"))
-        except Exception as e:
-            print(name, repr(e)[:300])
+def llava_next_gated(folder: Path) -> None:
+    """Images in tiles, on Mistral."""
+    family_gated(folder, "llava_next", {"head_dim": 32}, Site(1, "ffn"), gate_site=Site(0, "residual"))
 
 
-def idefics3_gated(folder: Path) -> None:
-    """Images in tiles."""
-    family_gated(folder, "idefics3", {"head_dim": 32}, Site(1, "ffn"), gate_site=Site(0, "residual"))
+def mistral3_gated(folder: Path) -> None:
+    """Images of any size."""
+    family_gated(folder, "mistral3", {"head_dim": 32}, Site(1, "ffn"), gate_site=Site(0, "residual"))
 
 
 def phi3_gated(folder: Path) -> None:
@@ -338,9 +336,9 @@ BUILDERS: tuple[Callable[[Path], None], ...] = (
     world_routed,
     llama_gated,
     qwen_vl_gated,
+    llava_next_gated,
+    mistral3_gated,
     gemma3_gated,
-    others,
-    idefics3_gated,
     phi3_gated,
     merges,
 )

@@ -87,7 +87,8 @@ def known_places(layers: nn.ModuleList, sites: Iterable[Site]) -> dict[Site, Pla
         if name not in KNOWN_LAYERS:
             raise ValueError(
                 f"Site {site}: it is not known what a {name} adds to the residual stream. Serve the checkpoint through "
-                'vLLM\'s Transformers backend: --hf-overrides \'{"architectures": ["CareTransformersMultiModalForCausalLM"]}\'.'
+                'vLLM\'s Transformers backend, with "architectures": ["CareTransformersMultiModalForCausalLM"] in '
+                "--hf-overrides (docs/serving.md)."
             )
         places[site] = Place(layer.get_submodule(path), path, halves=not path)
     return places

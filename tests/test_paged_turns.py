@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from care_hf.gating import Gate, GateReader, unpack
 from care_hf.paged_turns import WIDTH, PagedBatch, advance
 

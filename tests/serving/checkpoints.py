@@ -31,6 +31,10 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from families import FAMILIES
+from families.text import VOCABULARY_SIZE, build_tokenizer, chat_template
+from tiny import qwen_config
+
 import care_hf
 from care_hf import CareForConditionalGeneration, SafetySubspaces
 from care_hf.gating import Gate
@@ -38,9 +42,6 @@ from care_hf.projection import Subspace
 from care_hf.sites import Site, hidden_size, record
 from care_hf.testbed import DATA, World, load_testbed
 from care_hf.testbed.prompts import fit_prompts
-from families import FAMILIES
-from families.text import VOCABULARY_SIZE, build_tokenizer, chat_template
-from tiny import qwen_config
 
 NEW_TOKENS = 20
 Prompt = dict[str, Any]  # "text", "image" or None, and perhaps the "parts" of its message, "image" for the image
@@ -268,7 +269,7 @@ def family_gated(folder: Path, name: str, heads: dict[str, Any], *sites: Site, g
             prompts.append({"text": text, "image": keep(folder, f"{name}-{row}", image) if pictured else None})
     end = processor.tokenizer.convert_tokens_to_ids(["?", "<assistant>"])
     repaired = gated(model, processor, prompts, end, *sites, gate_site=gate_site)
-    write(folder, f"{name}-gated", repaired, processor, prompts)
+    write(folder, f"{name}-tiny", repaired, processor, prompts)
 
 
 def gemma3_gated(folder: Path) -> None:
@@ -278,6 +279,12 @@ def gemma3_gated(folder: Path) -> None:
     """
     sites = Site(1, "ffn"), Site(2, "residual")
     family_gated(folder, "gemma3", {"head_dim": 32}, *sites, gate_site=Site(1, "attention"), images=False)
+
+
+def llava_gated(folder: Path) -> None:
+    """Whose vision tower, unlike the testbed's, can be divided among two processes."""
+    sites = Site(1, "ffn"), Site(2, "attention")
+    family_gated(folder, "llava", {"head_dim": 32}, *sites, gate_site=Site(0, "residual"))
 
 
 def llava_next_gated(folder: Path) -> None:
@@ -336,6 +343,7 @@ BUILDERS: tuple[Callable[[Path], None], ...] = (
     world_routed,
     llama_gated,
     qwen_vl_gated,
+    llava_gated,
     llava_next_gated,
     mistral3_gated,
     gemma3_gated,

@@ -74,8 +74,8 @@ def merge(
         base: the base's own checkpoint, a folder or a repository; by default where the model remembers it is from.
         inputs: what to compare on, and what to measure on in errors: arguments of the model's forward, or a list of
             them. By default questions beside noise if the model has a processor, otherwise random tokens.
-        only_transformers: whether nothing but transformers will load it. vLLM drops biases that its class of a model does
-            not know, without a word, and would run it unrepaired; so what needs such biases is refused otherwise.
+        only_transformers: whether nothing but transformers will load it. vLLM drops biases that its class of a model
+            does not know, without a word, and would run it unrepaired; so what needs them is refused otherwise.
         compare: "logits", or "tensors" alone, without running the models.
         max_shard_size: of files that are written from memory.
 

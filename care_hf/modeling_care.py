@@ -43,8 +43,8 @@ def _check_runner(config: CareConfig) -> None:
     """Assert that whole sequences will come in, which vLLM's Transformers backend joins and cuts as it likes."""
     if str(config.get_text_config()._attn_implementation).startswith("vllm"):
         raise ValueError(
-            "vLLM would run the code in this checkpoint, which cannot tell its requests apart there, so that the repair "
-            "would not be exact; install care_hf beside vLLM, which serves the checkpoint by a plugin."
+            "vLLM would run the code in this checkpoint, which cannot tell its requests apart there, so that the "
+            "repair would not be exact; install care_hf beside vLLM, which serves the checkpoint by a plugin."
         )
 
 

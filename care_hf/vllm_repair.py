@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import LinearBase
 
 from .configuration_care import CareConfig
 from .gating import GateReader, TurnProjection, among
@@ -36,6 +37,11 @@ class Repair:
         gate_site = Site.parse(config.gate["site"]) if config.gate else None
         sites = {Site.parse(entry["site"]): entry for entry in config.sites}
         self._places = places(sorted({*sites, *([gate_site] if gate_site else [])}))
+        if vllm_config.lora_config and any(isinstance(place.module, LinearBase) for place in self._places.values()):
+            raise ValueError(
+                "A site of the repair is a linear layer, in whose place vLLM would put another for LoRA; serve without "
+                "enable_lora, or merge the adapter into the base before it is repaired."
+            )
         self.routed = visual_token_ids(config) if config.fusion == "route" and self._by_modality() else ()
         if config.fusion == "route" and self._by_modality() and not self.routed:
             raise ValueError("Fusion 'route' needs to know the image tokens, and config.json names none.")

@@ -8,15 +8,16 @@ from vllm.config import VllmConfig
 from vllm.transformers_utils import config as vllm_config_module
 
 from .configuration_care import CareConfig, auto_class
+from .sites import PLACES
 
 KEPT = "care_repair"  # where the base's configuration holds that of the repair
 REPAIR = ("sites", "fusion", "scope", "gate", "care_format", "repair_digest")
-NATIVE = (  # whose modules have been held against those of transformers
-    "LlavaForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-)
+NATIVE = {  # classes whose modules have been held against those of transformers, by the text models that they hold
+    "LlavaForConditionalGeneration": "llama",
+    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl_text",
+    "LlamaForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+}
 BACKEND = tuple(f"Transformers{images}{experts}ForCausalLM" for images in ("", "MultiModal") for experts in ("", "MoE"))
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -49,9 +50,9 @@ def _vllm_class(base: PreTrainedConfig) -> str:
     """vLLM's class of the base, or that of its Transformers backend."""
     name = auto_class(base)._model_mapping[type(base)]
     name = (name[0] if isinstance(name, tuple) else name).__name__
-    if name in NATIVE:
-        return name
     text = base.get_text_config()
+    if NATIVE.get(name) == text.model_type and getattr(base, PLACES, None) is None:
+        return name
     experts = any(getattr(text, count, None) for count in EXPERTS)
     return f"Transformers{'' if text is base else 'MultiModal'}{'MoE' if experts else ''}ForCausalLM"
 

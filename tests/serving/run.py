@@ -2,9 +2,9 @@
 
     python tests/serving/run.py FOLDER [--write]
 
-FOLDER gets an environment of its own with vLLM and this package (vLLM pins releases of torch and transformers, so that it
-cannot share the tests'), checkpoints and logs; what is there already is used again. Results are printed, and with
---write kept in docs/results/vllm.md. Exits with 1 if anything differs.
+FOLDER gets an environment of its own with vLLM and this package (vLLM pins releases of torch and transformers, so that
+it cannot share the tests'), checkpoints and logs; an environment that is there already is used again. Results are
+printed, and with --write kept in docs/results/vllm.md. Exits with 1 if anything differs.
 """
 
 import argparse
@@ -76,9 +76,7 @@ def run(python: Path, folder: Path, script: str, *arguments: str) -> tuple[bool,
 
 def tables(compared: list[dict], refused: list[dict]) -> str:
     """Of results, in Markdown."""
-    lines = [
-        "| checkpoint | vLLM | prompts | answers that the repair changes | answers equal | tokens | log-probability off by |"
-    ]
+    lines = ["| checkpoint | vLLM | prompts | changed by the repair | equal | tokens | log-probability off by |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in compared:
         off = row["failure"] or f"{row['error']:.1e}"

@@ -8,11 +8,10 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from serve import NEW_TOKENS, Compared, compare
+from engines import NEW_TOKENS, Compared, compare
 
 PORT, CLIENTS, PATIENCE = 8713, 12, 240
 
@@ -72,12 +71,12 @@ def run(folder: Path, checkpoint: str, processes: int, log: Path) -> Compared:
 
 
 def settings() -> dict[str, str]:
-    return {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "fork", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    return {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
 if __name__ == "__main__":
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     found = run(folder, "llava-gated", 1, out.with_suffix(".log"))
-    out.write_text(json.dumps([{**asdict(found), "passed": found.passed}]))
+    out.write_text(json.dumps({"compared": [found.row()], "refused": []}))
     print(out.read_text())
     sys.exit(0 if found.passed else 1)

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from engines import BACKEND, PLAIN, close
 from safetensors.torch import load_file, save_file
-from serve import BACKEND, PLAIN, close, inspect_here
 
 CHECKPOINT = "llava-gated"
 Change = Callable[[dict[str, Any], dict[str, Any]], None]  # of config.json and of the tensors, in place
@@ -76,17 +75,12 @@ def refusal(folder: Path, change: Change, options: dict[str, Any]) -> str:
     return ""
 
 
-def main(folder: Path, out: Path) -> int:
-    inspect_here()
+def refuse_all(folder: Path) -> list[dict[str, Any]]:
+    """Try every case."""
     rows = []
     for name, change, options, expected in CASES:
         said = refusal(folder, change, options)
         rows.append({"case": name, "refused": expected in said, "said": said[:300]})
         print(json.dumps(rows[-1]), flush=True)
         close()
-    out.write_text(json.dumps(rows))
-    return 0 if all(row["refused"] for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    return rows

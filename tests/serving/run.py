@@ -118,11 +118,12 @@ def main() -> int:
     print(f"installed ({installed - began:.0f} s)", flush=True)
     made, _ = run(python, folder, "checkpoints.py", str(folder))
     passed, compared, refused = [made], [], []
-    for script, found in (("serve.py", compared), ("over_http.py", compared), ("refusals.py", refused)):
+    for script in ("serve.py", "over_http.py"):
         out = folder / f"{Path(script).stem}.json"
         out.unlink(missing_ok=True)
         passed.append(run(python, folder, script, str(folder), str(out))[0])
-        found += json.loads(out.read_text()) if out.exists() else []
+        found = json.loads(out.read_text()) if out.exists() else {"compared": [], "refused": []}
+        compared, refused = compared + found["compared"], refused + found["refused"]
     table = tables(compared, refused)
     print(table)
     if given.write:

@@ -1,6 +1,6 @@
 """What everything costs, as ratios: ``python benchmarks/all_costs.py`` renews docs/results/costs.md.
 
-Each measures both sides of its ratio in turns in one run. Some 15 minutes on 2 idle cores; ``--only NAME`` runs one part
+Each measures both sides of its ratio in turns in one run. Some 15 minutes on 2 idle cores; ``--only`` runs one part
 and keeps the others as they are.
 """
 

@@ -87,7 +87,6 @@ class TurnCache(nn.Module, AttentionLayerBase):
     def __init__(self, vllm_config: VllmConfig, prompt_end: tuple[int, ...], images: tuple[int, ...]):
         super().__init__()
         self.prompt_end, self.images = prompt_end, images
-        self.block_size = vllm_config.cache_config.block_size
         self.kv_cache = torch.tensor([])
         self.ids: torch.Tensor | None = None
         self._gate: list[GateReader] = []  # in a list, so as not to be a part of this module

@@ -90,7 +90,11 @@ def tables(compared: list[dict], refused: list[dict]) -> str:
 def extras(row: dict) -> str:
     said = [
         f"{row[name]} {what}"
-        for name, what in (("cached", "tokens from the cache"), ("preempted", "thrown out"))
+        for name, what in (
+            ("cached", "tokens from the cache"),
+            ("preempted", "thrown out"),
+            ("accepted", "drafts accepted"),
+        )
         if row[name]
     ]
     return f" ({', '.join(said)})" if said else ""

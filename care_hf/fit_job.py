@@ -11,6 +11,7 @@ from .fitting import fit
 from .inspecting import inspect
 from .modeling_care import CareForConditionalGeneration
 from .opening import Opened, check_source, open_model
+from .processes import Processes, described_launch, joined
 from .prompt_sources import Source, read_source
 from .recipe import Recipe
 from .samples import Samples, load_samples
@@ -48,13 +49,20 @@ class Plan:
                 "prompts are added to those of the fit" if self.update else "what an earlier run collected is taken up"
             )
         recipe = f"{self.named}: rank {self.recipe.rank} at {sites}{gate}"
-        return {**self.opened.facts, "recipe": recipe, **prompts, "earlier": begun}
+        return {**self.opened.facts, "processes": described_launch(), "recipe": recipe, **prompts, "earlier": begun}
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.recipe.find_sites(self.opened.model)))
 
     def run(self) -> CareForConditionalGeneration:
-        """Fit, and save into `out`; what is collected is kept there from the beginning."""
+        """Fit, and save into `out`; what is collected is kept there from the beginning.
+
+        Of several processes (`processes.launched`) each does its part, and the main one saves.
+        """
+        with joined() as together:
+            return self._run(together)
+
+    def _run(self, together: Processes) -> CareForConditionalGeneration:
         self.out.mkdir(parents=True, exist_ok=True)
         kept = self.out / KEPT
         files = {"resume": kept}
@@ -69,6 +77,8 @@ class Plan:
             **files,
             **self.samples,
         )
+        if not together.main:
+            return repaired
         if self.adapter:
             save_adapter(repaired, self.out)
         else:

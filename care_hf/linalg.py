@@ -41,7 +41,7 @@ class RunningCovariance:
             return
         if not torch.isfinite(chunk).all():
             raise ValueError("A chunk holds values that are not finite; check the activations that it comes from.")
-        self._to(chunk.device)  # what was read from a file lies elsewhere
+        self.to(chunk.device)  # what was read from a file lies elsewhere
         chunk = chunk.to(self.mean)
         if self.count == 0:
             self.origin = chunk.mean(dim=0)
@@ -53,7 +53,8 @@ class RunningCovariance:
         centred = chunk - mean
         self._add(len(chunk), mean, centred.mT @ centred)
 
-    def _to(self, device: torch.device) -> None:
+    def to(self, device: torch.device | str) -> None:
+        """Move the sums there."""
         for name in ("mean", "scatter", "origin", "fourth", "third"):
             setattr(self, name, getattr(self, name).to(device))
 
@@ -117,6 +118,30 @@ class RunningCovariance:
         for name in ("mean", "scatter", "origin", "fourth", "third"):
             setattr(running, name, state[name].clone())
         return running
+
+    def merge(self, other: "RunningCovariance") -> None:
+        """Take in all that `other` has, as if its chunks had come after the own; `other` stays as it is.
+
+        Raises:
+            ValueError: it is of another dimension.
+        """
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"Moments of dimension {len(other.mean)} do not fit those of {len(self.mean)}.")
+        if other.count == 0:
+            return
+        theirs = RunningCovariance.from_state(other.state_dict())
+        theirs.to(self.mean.device)
+        if self.count == 0:
+            self.__dict__.update(theirs.__dict__)
+            return
+        # Their sums of y = x - origin, taken about this origin: of y + s.
+        n, s, m = theirs.count, theirs.origin - self.origin, theirs.mean - theirs.origin
+        second = theirs.scatter + n * torch.outer(m, m)  # sum of y y^T
+        norm, along, trace, moved = s @ s, s @ m, second.trace(), second @ s
+        fourth = theirs.fourth + 4 * s @ moved + n * norm**2
+        self.fourth = self.fourth + fourth + 4 * s @ theirs.third + 2 * norm * trace + 4 * n * norm * along
+        self.third = self.third + theirs.third + 2 * moved + s * (trace + 2 * n * along + n * norm) + n * norm * m
+        self._add(n, theirs.mean, theirs.scatter)
 
 
 def shrink(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:

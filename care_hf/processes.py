@@ -75,7 +75,9 @@ class _Several(Processes):
     def __init__(self):
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
         # Gloo's, which notices a closed connection at once, and other ones than the model's.
-        self._beats, self._values = (distributed.new_group(backend="gloo") for _ in range(2))
+        self._values = distributed.new_group(backend="gloo")
+        distributed.barrier(self._values)  # only now are all here, maybe long after one another
+        self._beats = distributed.new_group(backend="gloo", timeout=timedelta(seconds=SILENT))
         self._at, self._ended, self._own_failure = 0, False, ""
         self._heard = [{"at": 0} for _ in range(self.count)]
         self._failure: ProcessFailed | None = None  # another's
@@ -159,8 +161,7 @@ class _Several(Processes):
         told = json.dumps(own).encode().ljust(BYTES)
         mine = torch.frombuffer(bytearray(told), dtype=torch.uint8)
         theirs = [torch.empty_like(mine) for _ in range(self.count)]
-        work = distributed.all_gather(theirs, mine, group=self._beats, async_op=True)
-        work.wait(timedelta(seconds=SILENT))
+        distributed.all_gather(theirs, mine, group=self._beats)
         self._heard = [json.loads(bytes(one.tolist())) for one in theirs]
         failed = {rank: one["failed"] for rank, one in enumerate(self._heard) if one["failed"]}
         others = [rank for rank in failed if rank != self.rank]

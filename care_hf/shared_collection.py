@@ -99,8 +99,7 @@ class SharedCollection:
             if self.kept.begun:
                 collector.take(self.kept)
             for left in self._left:
-                # One that was ended between writing all and removing the parts left what is here already.
-                if not all(contains(collector.done.get(name, []), spans) for name, spans in left.done.items()):
+                if not _is_in(collector.done, left.done):
                     collector.take(left)
             if self._left or self.together.count > 1:
                 collector.save(self.kept)
@@ -129,6 +128,12 @@ class SharedCollection:
     def _remove_others(self) -> None:
         for path in rank_files(self.kept.path):
             path.unlink()
+
+
+def _is_in(done: Mapping[str, Spans], left: Mapping[str, Spans]) -> bool:
+    """Whether a part was put into the whole already, by a process that was ended before it removed the part."""
+    # A part that tells of no prompts may still hold answers, which can be put in twice.
+    return any(left.values()) and all(contains(done.get(name, []), spans) for name, spans in left.items())
 
 
 def rank_file(path: Path, rank: int) -> Path:

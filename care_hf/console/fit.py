@@ -83,9 +83,10 @@ def fit(
                 dtype=dtype,
             )
             voice.facts(plan.facts)
-            plan.run()
+            repaired = plan.fit()
         if not voice.speaks:
             return
+        plan.save(repaired)
         found = inspect(out)
         voice.say(f"Fitted in {voice.elapsed}, saved in {out}.")
         show_sections(voice, found.sections(), SUMMARY)

@@ -12,6 +12,9 @@ from . import resume
 from .devices import input_device
 from .interventions import evaluating
 from .memory import attempt
+from .processes import Processes
+from .spans import Spans
+from .spans import size as size_of
 
 AUTO_ON_ACCELERATOR, AUTO_ON_CPU = 128, 16  # with what batch_size="auto" begins
 
@@ -27,14 +30,15 @@ def first_size(batch_size: int | str, model: PreTrainedModel) -> int:
 
 def run_batches(
     model: PreTrainedModel,
-    total: Mapping[str, int],
-    done: Mapping[str, int],
+    todo: Mapping[str, Spans],
     compute: Callable[[str, int, int], Found],
     keep: Callable[[str, Found], None],
     *,
     size: int,
     description: str,
+    finished: int = 0,
     save: Callable[[], None] | None = None,
+    together: Processes | None = None,
 ) -> None:
     """Compute and keep every batch of every set, with the model in evaluation mode and no gradients.
 
@@ -42,25 +46,31 @@ def run_batches(
 
     Args:
         model: it comes back in the mode that it was in.
-        total: how many prompts there are of each set; a batch is of one set only.
-        done: how many of them, the first ones, need no work.
+        todo: which prompts of each set; a batch is of one set only.
         compute: what is found of a set's prompts from the second argument on and before the third; it changes nothing.
-        keep: takes in what was found of a set's next prompts.
+        keep: takes in what was found of a set's next prompts, in their order.
         size: how many prompts a batch has at first.
         description: of the progress bar.
+        finished: how many prompts, beside those to do, the bar counts as done.
         save: writes what was kept; called every `resume.SAVE_SECONDS`, at the end, and when anything is raised.
+        together: the processes of which this is one: it ends when another fails.
 
     Raises:
         torch.OutOfMemoryError: memory does not suffice for a single prompt.
+        ProcessFailed: another process failed.
     """
-    progress = logging.tqdm(total=sum(total.values()), initial=sum(done.values()), desc=description, unit="prompt")
+    together = together or Processes()
+    count = finished + sum(map(size_of, todo.values()))
+    hidden = {} if together.main else {"disable": True}
+    progress = logging.tqdm(total=count, initial=finished, desc=description, unit="prompt", **hidden)
     saved, unsaved = time.monotonic(), False
     try:
         with progress, evaluating(model), torch.no_grad():
-            for name, count in total.items():
-                start = done.get(name, 0)
-                while start < count:
-                    stop = min(start + size, count)
+            for name, span in [(name, span) for name, spans in todo.items() for span in spans]:
+                start = span.start
+                while start < span.stop:
+                    together.check()
+                    stop = min(start + size, span.stop)
                     what = f"one prompt alone, number {start} of `{name}` (from 0)"
                     found = attempt(lambda n=name, a=start, b=stop: compute(n, a, b), stop - start, what)
                     if found is None:

@@ -13,15 +13,18 @@ from transformers import PreTrainedModel
 from .adapters import unwrapped
 from .attribution import attribute_tokens, kept_count
 from .batching import first_size, run_batches
-from .collection import Collection, PromptFacts, begin, describe
+from .collection import Collection, PromptFacts, describe
 from .linalg import RunningCovariance
 from .modeling_care import CareForConditionalGeneration
+from .processes import Processes, joined
 from .provenance import origin
 from .reading import read
 from .recipe import Recipe
 from .samples import Batch, Sample, Samples, collate, load_samples
+from .shared_collection import SharedCollection
 from .site_check import check_contributions
 from .sites import Site, hidden_size, visual_token_ids
+from .spans import Spans, size, tidy
 from .subspace import SafetySubspaces, fit_subspaces
 
 CLASSES = ("benign", "malicious")
@@ -85,41 +88,43 @@ def collect(
     """Run every prompt once and stream the moments of its attributed tokens at the recipe's sites.
 
     Activations are those of the prompt, generation prompt included; tokens of the tokenizer's control vocabulary and
-    padding never count. Arguments and errors as in `fitting.fit`.
+    padding never count. Arguments, errors and processes as in `fitting.fit`.
     """
-    model = unwrapped(model)
+    with joined() as together:
+        return _collect(together, unwrapped(model), benign, malicious, processor, recipe, resume, update)
+
+
+def _collect(together: Processes, model, benign, malicious, processor, recipe: Recipe, resume, update) -> Statistics:
     check_unrepaired(model)
     sites = recipe.find_sites(model)
     given = {"benign": benign, "malicious": malicious}
     samples = {name: load_samples(data, name) for name, data in given.items() if data is not None or update is None}
     collector = _Collector(model, processor, recipe, sites)
     collector.check_dimension()
-    kept = begin(
-        collector.work(),
-        {name: PromptFacts.of(items) for name, items in samples.items()},
-        Path(resume) if resume else None,
-        Path(update) if update else None,
-    )
+    facts = {name: PromptFacts.of(items) for name, items in samples.items()}
+    files = [Path(path) if path else None for path in (resume, update)]
+    shared = SharedCollection(together, model, collector.work(), facts, *files)
+    kept = shared.kept
     if update is None:
         collector.check(samples)
     for items in list(samples.values())[:1]:
         check_contributions(model, sites, collate(processor, items[:1], ()).inputs)
-    if kept.begun:
-        collector.load(kept)
+    shared.begin(collector)
     run_batches(
         model,
-        kept.counts,
-        dict(collector.done),
+        shared.todo(),
         lambda name, start, stop: collector.read(
-            name, kept.batch(samples, name, start, stop), kept.prompts[name].digests[start:stop]
+            name, start, kept.batch(samples, name, start, stop), kept.prompts[name].digests[start:stop]
         ),
         collector.keep,
         size=first_size(recipe.batch_size, model),
         description="Collecting activations",
+        finished=sum(map(size, shared.done.values())),
         save=lambda: collector.save(kept),
+        together=together,
     )
-    if kept.path and not kept.path.exists():
-        collector.save(kept)  # of an update without new prompts
+    collector.join(shared)
+    shared.finish(collector)
     return Statistics(collector.moments, kept.counts, origin(model, kept.prompts))
 
 
@@ -144,7 +149,7 @@ class _Collector:
     def __init__(self, model: PreTrainedModel, processor, recipe: Recipe, sites: Sequence[Site]):
         self.model, self.processor, self.recipe, self.sites = model, processor, recipe, sites
         self.image_tokens = visual_token_ids(model.config)
-        self.done = dict.fromkeys(CLASSES, 0)
+        self.done: dict[str, Spans] = {name: [] for name in CLASSES}
         self.whole = True
         dimension = hidden_size(model)
         self.moments = {
@@ -192,21 +197,22 @@ class _Collector:
                 f"give; give more prompts, raise keep_{modality}, or lower the rank."
             )
 
-    def read(self, name: str, samples: Sequence[Sample], digests: Sequence[str]) -> tuple[int, Tokens]:
-        """Run one batch of class `name`: how many prompts it has, and their attributed tokens."""
+    def read(self, name: str, start: int, samples: Sequence[Sample], digests: Sequence[str]) -> tuple[range, Tokens]:
+        """Run one batch of class `name`: which prompts these are, the `start`-th first, and their attributed tokens."""
         # Right padding: no prompt token sees it under causal attention, and positions count from 0 in every family.
         batch = collate(self.processor, samples, self.image_tokens, padding_side="right")
         activations = read(self.model, self.sites, batch.inputs)
-        return len(samples), {s: self._attribute(name, s, activations[s], batch, digests) for s in self.sites}
+        found = {site: self._attribute(name, site, activations[site], batch, digests) for site in self.sites}
+        return range(start, start + len(samples)), found
 
-    def keep(self, name: str, found: tuple[int, Tokens]) -> None:
+    def keep(self, name: str, found: tuple[range, Tokens]) -> None:
         """Add what `read` gave to the moments."""
-        count, kept = found
+        prompts, kept = found
         self.whole = False
         for site, tokens in kept.items():
             for modality in self.recipe.modalities:
                 self.moments[site][modality][name].update(tokens[modality])
-        self.done[name] += count
+        self.done[name] = tidy([*self.done[name], prompts])
         self.whole = True
 
     def _attribute(
@@ -250,16 +256,42 @@ class _Collector:
             tensors.update({f"{key}.{field}": value.contiguous() for field, value in moments.state_dict().items()})
         into.save(tensors, self.done)
 
-    def load(self, kept: Collection) -> None:
-        """Take up what `save` wrote."""
-        self.done |= kept.done
-        for site, modality, name in [(s, m, c) for s in self.sites for m in self.recipe.modalities for c in CLASSES]:
-            prefix = f"{site}.{modality}.{name}."
+    def take(self, kept: Collection) -> None:
+        """Add what `save` wrote."""
+        for key, moments in self._named():
+            prefix = f"{key}."
             state = {key.removeprefix(prefix): value for key, value in kept.tensors.items() if key.startswith(prefix)}
-            self.moments[site][modality][name] = RunningCovariance.from_state(state)
+            moments.merge(RunningCovariance.from_state(state))
+        self._add(kept.done)
 
-    def _named(self):
-        for site, by_modality in self.moments.items():
-            for modality, by_class in by_modality.items():
-                for name, moments in by_class.items():
-                    yield f"{site}.{modality}.{name}", moments
+    def join(self, shared: SharedCollection) -> None:
+        """Make the moments of all processes the own ones, by rank, so that it does not matter which was faster."""
+        if shared.together.count == 1:
+            return
+        self.whole = False
+        for site, modality, name in self._places():
+            own = self.moments[site][modality][name]
+            device = own.mean.device
+            own.to("cpu")  # that of another process may not be here
+            # One after the other: of all at once every process would hold many matrices.
+            first, *others = shared.gather(own)
+            for other in others:
+                first.merge(other)
+            first.to(device)
+            self.moments[site][modality][name] = first
+        done = shared.gather(self.done)
+        self.done = {name: [] for name in CLASSES}
+        for one in done:
+            self._add(one)
+        self.whole = True
+
+    def _add(self, done: Mapping[str, Spans]) -> None:
+        self.done = {name: tidy([*spans, *done.get(name, [])]) for name, spans in self.done.items()}
+
+    def _places(self) -> list[tuple[Site, str, str]]:
+        return [
+            (site, modality, name) for site in self.sites for modality in self.recipe.modalities for name in CLASSES
+        ]
+
+    def _named(self) -> list[tuple[str, RunningCovariance]]:
+        return [(f"{s}.{modality}.{name}", self.moments[s][modality][name]) for s, modality, name in self._places()]

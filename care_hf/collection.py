@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import resume as files
 from .samples import Samples
+from .spans import Spans, from_plain, size, to_plain
 
 FORMAT = "care_hf.collected.v1"
 
@@ -86,7 +87,7 @@ class Collection:
         work: what it depends on beside the prompts, see `describe`.
         prompts: of every class, those of an earlier collection first.
         earlier: how many of a class are of an earlier collection.
-        done: how many of a class, the first ones, are in `tensors`.
+        done: which of a class are in `tensors`.
         tensors, notes: what was saved.
         path: where it is saved; None keeps nothing.
     """
@@ -94,7 +95,7 @@ class Collection:
     work: dict[str, Any]
     prompts: dict[str, PromptFacts]
     earlier: dict[str, int] = field(default_factory=dict)
-    done: dict[str, int] = field(default_factory=dict)
+    done: dict[str, Spans] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     path: Path | None = None
@@ -114,12 +115,12 @@ class Collection:
         earlier = self.earlier.get(name, 0)
         return samples[name][start - earlier : stop - earlier]
 
-    def save(self, tensors: Mapping[str, torch.Tensor], done: Mapping[str, int], **notes: str) -> None:
-        """Write `tensors`, of the `done` first prompts of every class, and `notes`, whole or not at all."""
+    def save(self, tensors: Mapping[str, torch.Tensor], done: Mapping[str, Spans], **notes: str) -> None:
+        """Write `tensors`, of the prompts `done` of every class, and `notes`, whole or not at all."""
         if self.path is None:
             return
         prompts = {name: asdict(facts) for name, facts in self.prompts.items()}
-        told = {"work": self.work, "prompts": prompts, "done": dict(done)}
+        told = {"work": self.work, "prompts": prompts, "done": {name: to_plain(ones) for name, ones in done.items()}}
         files.save(self.path, tensors, {name: json.dumps(value) for name, value in told.items()} | notes)
 
     @classmethod
@@ -134,6 +135,7 @@ class Collection:
         try:
             work, prompts, done = (json.loads(notes.pop(name)) for name in ("work", "prompts", "done"))
             prompts = {name: PromptFacts.read(told) for name, told in prompts.items()}
+            done = {name: from_plain(told) for name, told in done.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} holds no collection that this version of care_hf reads; delete it or name another file."
@@ -181,15 +183,24 @@ def begin(
     resume.parent.mkdir(parents=True, exist_ok=True)
     if resume.exists():
         found = Collection.load(resume)
-        _check_work(resume, found, work)
-        if found.prompts != begun.prompts:
-            raise ValueError(
-                f"{resume} holds another collection (other prompts: {_counted(found)} there, {_counted(begun)} here); "
-                "delete it or name another file. To add prompts to it, pass it as `update=` with the new ones alone."
-            )
+        check_same(found, begun)
         found.earlier = begun.earlier
         return found
     return begun
+
+
+def check_same(found: Collection, begun: Collection) -> None:
+    """Assert that what was found in a file is of the same work and prompts as what is begun.
+
+    Raises:
+        ValueError: it is not.
+    """
+    _check_work(found.path, found, begun.work)
+    if found.prompts != begun.prompts:
+        raise ValueError(
+            f"{found.path} holds another collection (other prompts: {_counted(found)} there, {_counted(begun)} here); "
+            "delete it or name another file. To add prompts to it, pass it as `update=` with the new ones alone."
+        )
 
 
 def check_disjoint(prompts: Mapping[str, Samples | PromptFacts]) -> None:
@@ -207,9 +218,10 @@ def _earlier(work: dict[str, Any], path: Path, given: Mapping[str, PromptFacts])
         )
     earlier = Collection.load(path)
     _check_work(path, earlier, work)
-    if earlier.done != earlier.counts:
+    held, wanted = sum(map(size, earlier.done.values())), sum(earlier.counts.values())
+    if held < wanted:
         raise ValueError(
-            f"{path} is not finished: it holds {sum(earlier.done.values())} of {sum(earlier.counts.values())} prompts. "
+            f"{path} is not finished: it holds {held} of {wanted} prompts. "
             "Run the fit that it is of again, with the same prompts and `resume=`, to finish it."
         )
     _check_new(path, earlier, given)

@@ -1,7 +1,7 @@
-"""Where a model computes."""
+"""Where a model computes, and who holds it."""
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -22,3 +22,16 @@ def input_device(model: nn.Module) -> torch.device:
         f"{type(model).__name__} has no weights: they are on the device 'meta', and no hook of accelerate brings them. "
         "Load it with `from_pretrained`, offloaded by a `device_map` if need be."
     )
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether several processes hold a model together, so that all must run every batch: by tensors, FSDP or ZeRO-3."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    # What transformers shares out need not all be DTensors; DeepSpeed marks what it shares out with an id.
+    shared = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return shared or wrapped or any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())

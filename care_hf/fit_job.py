@@ -11,6 +11,7 @@ from .fitting import fit
 from .inspecting import inspect
 from .modeling_care import CareForConditionalGeneration
 from .opening import Opened, check_source, open_model
+from .processes import described_launch
 from .prompt_sources import Source, read_source
 from .recipe import Recipe
 from .samples import Samples, load_samples
@@ -48,34 +49,43 @@ class Plan:
                 "prompts are added to those of the fit" if self.update else "what an earlier run collected is taken up"
             )
         recipe = f"{self.named}: rank {self.recipe.rank} at {sites}{gate}"
-        return {**self.opened.facts, "recipe": recipe, **prompts, "earlier": begun}
+        return {**self.opened.facts, "processes": described_launch(), "recipe": recipe, **prompts, "earlier": begun}
 
     def _sites(self) -> str:
         return ", ".join(map(str, self.recipe.find_sites(self.opened.model)))
 
     def run(self) -> CareForConditionalGeneration:
-        """Fit, and save into `out`; what is collected is kept there from the beginning."""
+        """Fit, and save into `out`."""
+        repaired = self.fit()
+        self.save(repaired)
+        return repaired
+
+    def fit(self) -> CareForConditionalGeneration:
+        """Fit; what is collected is kept in `out` from the beginning. Of several processes each does its part."""
         self.out.mkdir(parents=True, exist_ok=True)
-        kept = self.out / KEPT
-        files = {"resume": kept}
-        if self.update:
-            # The new state takes the place of the old only when all is done: until then both are needed.
-            files = {"update": kept, "resume": kept.with_name(UPDATING)}
-        repaired = fit(
+        return fit(
             self.opened.model,
             processor=self.opened.processor,
             recipe=self.recipe,
             diagnosis=self.diagnosis,
-            **files,
+            **self._files,
             **self.samples,
         )
+
+    def save(self, repaired: CareForConditionalGeneration) -> None:
+        """Save into `out`; of several processes the main one does, when they have parted."""
         if self.adapter:
             save_adapter(repaired, self.out)
         else:
             repaired.save_pretrained(self.out)
         if self.update:
-            os.replace(files["resume"], kept)
-        return repaired
+            os.replace(self._files["resume"], self._files["update"])
+
+    @property
+    def _files(self) -> dict[str, Path]:
+        kept = self.out / KEPT
+        # The new state takes the place of the old only when all is done: until then both are needed.
+        return {"update": kept, "resume": kept.with_name(UPDATING)} if self.update else {"resume": kept}
 
 
 def prepare(

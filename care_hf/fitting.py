@@ -17,6 +17,7 @@ from .diagnosis import Diagnosis
 from .gating import Gate
 from .judges import is_refusal
 from .modeling_care import CareForConditionalGeneration
+from .processes import joined
 from .recipe import Recipe
 from .samples import Samples, generation_prompt, load_samples
 from .site_choice import with_chosen_sites
@@ -45,6 +46,11 @@ def fit(
     Prompts come in any form that `samples.load_samples` takes, with and without images; a "kind" on each makes the gate
     compare like with like, and "groups" (topic, template) make its thresholds hold for what it has not seen.
 
+    Where `torch.distributed` is initialised, all processes call this with the same arguments. Each runs its part of the
+    prompts, and all return the same repair, that of one process up to rounding. If the processes hold the model
+    together (tensor parallel, FSDP 2), all run all prompts. When one fails, so do all, with the batches that are done
+    kept in `resume`; the same call goes on from there, in any number of processes.
+
     Args:
         model: any vision-language model that transformers loads, or a `PeftModel` of one, whose adapters are then part
             of the base; its weights are shared with the result, not copied.
@@ -62,7 +68,8 @@ def fit(
         diagnosis: of this model, for a recipe with ``sites="auto"``: what `care_hf.diagnose` gave, or its folder.
         resume: a safetensors file that keeps what is collected (moments in float64 or activations in float32, and of
             the prompts digests, kinds, groups and answers), written every five minutes and on interruption; the same
-            fit goes on from there, with batches of any size.
+            fit goes on from there, with batches of any size. Of several processes the others keep theirs in files
+            beside it (".rank1.safetensors"), in a folder that all must share, until these are merged into it.
         update: such a file, of a fit that was finished: the prompts given, of any class, are added to those in it, and
             the result is that of a fit from scratch on the earlier prompts and then the new ones, up to rounding. The
             file stays as it is; `resume` keeps the new state. Without new prompts the subspaces are solved anew,
@@ -74,23 +81,44 @@ def fit(
         OSError: there is no file `update`, or `resume` cannot be written.
         FloatingPointError: an activation is not finite.
         torch.OutOfMemoryError: memory does not suffice for a single prompt.
+        ProcessFailed: another process failed, or is gone; a `ConnectionError`.
     """
-    model = unwrapped(model)
+    with joined():
+        return _fit(
+            unwrapped(model),
+            processor,
+            recipe,
+            diagnosis,
+            judge,
+            {"resume": resume, "update": update},
+            {"benign": benign, "malicious": malicious},
+            {"exposed": exposed, "neutral": neutral, "refused": refused},
+        )
+
+
+def _fit(
+    model: PreTrainedModel,
+    processor,
+    recipe: Recipe | str | Path | None,
+    diagnosis: Diagnosis | str | Path | None,
+    judge: Callable[[str], bool],
+    files: dict[str, str | Path | None],
+    prompts: dict[str, Iterable[Any] | None],
+    further: dict[str, Iterable[Any] | None],
+) -> CareForConditionalGeneration:
     check_unrepaired(model)
     describe_adapters(model)  # raises what only the end of the fit would tell else
     recipe = with_chosen_sites(Recipe.load(recipe), diagnosis, model)
     processor = processor or load_processor(model)
-    further = {"exposed": exposed, "neutral": neutral, "refused": refused}
     given = {name: data for name, data in further.items() if data is not None}
     if recipe.by_turn:
-        files = {"resume": resume, "update": update}
-        turns = collect_turns(model, benign, malicious, processor, recipe, judge=judge, **files, **given)
+        turns = collect_turns(model, processor=processor, recipe=recipe, judge=judge, **files, **prompts, **given)
         subspaces = solve_turns(turns, recipe)
     elif given:
         raise ValueError(f"A recipe with scope={recipe.scope!r} has no use for {sorted(given)}; leave them out.")
     else:
         asked = prompt_scope(model, processor, recipe)
-        statistics = collect(model, benign, malicious, processor, recipe, resume=resume, update=update)
+        statistics = collect(model, processor=processor, recipe=recipe, **files, **prompts)
         subspaces = replace(statistics.solve(recipe), **asked)
     repaired = CareForConditionalGeneration.from_base(model, subspaces)
     repaired.processor = processor
@@ -115,12 +143,24 @@ def collect_turns(
 
     Arguments and errors as in `fit`; one collection serves recipes that differ in what is solved alone.
     """
-    model = unwrapped(model)
+    given = {"benign": benign, "malicious": malicious, "exposed": exposed, "neutral": neutral, "refused": refused}
+    with joined():  # before prompts are read: what fails there in one process ends all
+        return _collect_turns(unwrapped(model), processor, recipe, judge, resume, update, given)
+
+
+def _collect_turns(
+    model: PreTrainedModel,
+    processor,
+    recipe: Recipe,
+    judge: Callable[[str], bool],
+    resume: str | Path | None,
+    update: str | Path | None,
+    given: dict[str, Iterable[Any] | None],
+) -> Turns:
     check_unrepaired(model)
-    if update is None and (exposed is None) != (neutral is None):
+    if update is None and (given["exposed"] is None) != (given["neutral"] is None):
         raise ValueError("`exposed` and `neutral` prompts are told from one another; give both or neither.")
     needed = ("benign", "malicious") if update is None else ()
-    given = {"benign": benign, "malicious": malicious, "exposed": exposed, "neutral": neutral, "refused": refused}
     samples = {name: load_samples(data, name) for name, data in given.items() if data is not None or name in needed}
     check_disjoint(samples)
     known = samples.pop("refused", [])

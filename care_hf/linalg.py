@@ -178,6 +178,38 @@ class RunningCovariance:
             running._rows, running._matrix = None, state["scatter"].clone()
         return running
 
+    def merge(self, other: "RunningCovariance") -> None:
+        """Take in all that `other` has, as if its chunks had come after the own; `other` stays as it is.
+
+        Raises:
+            ValueError: it is of another dimension.
+        """
+        if len(other.mean) != len(self.mean):
+            raise ValueError(f"Moments of dimension {len(other.mean)} do not fit those of {len(self.mean)}.")
+        if other.count == 0:
+            return
+        theirs = RunningCovariance.from_state(other.state_dict())
+        theirs.to(self.mean.device)
+        if theirs._matrix is None:
+            self.update(theirs._kept_rows() + theirs.origin)
+            return
+        if self.count == 0:
+            self.__dict__.update(theirs.__dict__)
+            return
+        if self._rows is not None:
+            self._matrix, self._rows = self.scatter.matrix(), None
+        # Their sums of y = x - origin, taken about this origin: of y + s.
+        n, s, m = theirs.count, theirs.origin - self.origin, theirs.mean - theirs.origin
+        second = theirs._matrix.addr(m, m, alpha=n)  # sum of y y^T
+        norm, along, trace, moved = s @ s, s @ m, second.trace(), second @ s
+        fourth = theirs.fourth + 4 * s @ moved + n * norm**2
+        self.fourth = self.fourth + fourth + 4 * s @ theirs.third + 2 * norm * trace + 4 * n * norm * along
+        self.third = self.third + theirs.third + 2 * moved + s * (trace + 2 * n * along + n * norm) + n * norm * m
+        step, total = theirs.mean - self.mean, self.count + n
+        self._matrix = (self._matrix + theirs._matrix).addr_(step, step, alpha=self.count * n / total)
+        self.mean = self.mean + step * (n / total)
+        self.count = total
+
 
 def shrink(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
     """``(1 - s) C + s tr(C) / d I``, (d, d)."""

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch import distributed
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration_care import CareConfig, auto_class
@@ -130,7 +132,11 @@ def check_device(device: str) -> None:
         ) from error
 
 
-def _device_map(device: str) -> str | None:
+def _device_map(device: str) -> str | torch.device | None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        own = PartialState().device  # every process has one, and a whole model there
+        if device == own.type or (device == "auto" and own.type != "cpu"):
+            return own
     if device == "auto":
         return "auto" if torch.accelerator.is_available() else None
     return None if device == "cpu" else device

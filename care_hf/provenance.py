@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 from .collection import PromptFacts
 from .configuration_care import hub_name
+from .devices import is_spread
 from .report import environment
 from .resume import model_fingerprint
 from .samples import Samples
@@ -55,8 +55,7 @@ def _revision(name: str | None) -> str | None:
 
 def _fingerprint(model: nn.Module) -> str | None:
     # Values that lie on several processes cannot be read by one.
-    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return None if spread else model_fingerprint(model)
+    return None if is_spread(model) else model_fingerprint(model)
 
 
 def reproduction(model) -> dict[str, Any]:

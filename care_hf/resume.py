@@ -27,10 +27,15 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         if not parameter.is_meta:  # offloaded: name and shape must do
-            values = parameter.detach().flatten()
+            values = _whole(parameter.detach()).flatten()
             some = values[:: max(1, len(values) // 64)].contiguous()
             digest.update(some.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where processes share it out; all of them come here."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def answers_fingerprint(model: nn.Module, processor) -> str:

@@ -168,7 +168,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(testbed):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     with pytest.raises(RuntimeError, match="device-side assert"):
-        run_batches(model, {"a": 8}, {}, compute, lambda *_: None, size=8, description="", save=None)
+        run_batches(model, {"a": [range(8)]}, compute, lambda *_: None, size=8, description="", save=None)
     assert tried == [8]
 
 
@@ -188,7 +188,8 @@ def test_what_a_failed_batch_held_is_freed_before_the_next(testbed, monkeypatch)
         return start, stop, activations is None
 
     ranges = []
-    run_batches(model, {"a": 5, "b": 3}, {"a": 1}, compute, lambda *found: ranges.append(found), size=8, description="")
+    todo = {"a": [range(1, 5)], "b": [range(3)]}
+    run_batches(model, todo, compute, lambda *found: ranges.append(found), size=8, description="")
     assert alive == [0]
     assert ranges == [("a", (1, 3, False)), ("a", (3, 5, False)), ("b", (0, 2, False)), ("b", (2, 3, False))]
 
@@ -209,7 +210,7 @@ def test_what_was_kept_is_saved_in_time_and_when_anything_is_raised_and_only_the
 
         kept.clear(), saved.clear()
         run_batches(
-            model, {"a": 6}, options.pop("done", {}), compute, lambda name, start: kept.append(start), size=2,
+            model, {"a": options.pop("todo", [range(6)])}, compute, lambda name, start: kept.append(start), size=2,
             description="", save=lambda: saved.append(len(kept)), **options,
         )  # fmt: skip
 
@@ -224,7 +225,7 @@ def test_what_was_kept_is_saved_in_time_and_when_anything_is_raised_and_only_the
     assert saved == [2]
     with pytest.raises(KeyboardInterrupt):
         run(stop_at=0)
-    run(done={"a": 6})
+    run(todo=[])
     assert (kept, saved) == ([], [])
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)
     run()

@@ -54,27 +54,32 @@ def fit(
     with voice.command():
         from care_hf import fit_job as job
         from care_hf.inspecting import inspect
+        from care_hf.processes import launched
 
         changes = {"seed": seed, "batch_size": batch_size(batch) if batch else None}
         prompts = {
             "benign": benign, "malicious": malicious, "exposed": exposed, "neutral": neutral, "refused": refused,
         }  # fmt: skip
         voice.say(f"{'Updates' if update else 'Fits'} a repair of {model}.")
-        plan = job.prepare(
-            model,
-            prompts,
-            recipe,
-            out,
-            limit=limit,
-            diagnosis=diagnosis,
-            changes={name: value for name, value in changes.items() if value is not None},
-            update=update,
-            adapter=adapter,
-            device=device,
-            dtype=dtype,
-        )
-        voice.facts(plan.facts)
-        plan.run()
+        with launched(cpu=device == "cpu"):
+            plan = job.prepare(
+                model,
+                prompts,
+                recipe,
+                out,
+                limit=limit,
+                diagnosis=diagnosis,
+                changes={name: value for name, value in changes.items() if value is not None},
+                update=update,
+                adapter=adapter,
+                device=device,
+                dtype=dtype,
+            )
+            voice.facts(plan.facts)
+            repaired = plan.fit()
+        if not voice.speaks:
+            return
+        plan.save(repaired)
         found = inspect(out)
         voice.say(f"Fitted in {voice.elapsed}, saved in {out}.")
         show_sections(voice, found.sections(), SUMMARY)

@@ -15,6 +15,7 @@ from rich.table import Table
 
 MISTAKE, INTERRUPTED = 2, 130  # exit codes; 0 is success, 1 what nobody foresaw
 TRACEBACK = "CARE_TRACEBACK"
+RANKS = "RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"  # a process's number, by launcher
 SECONDS = 10  # between lines of progress where there is no terminal
 
 
@@ -24,12 +25,16 @@ class Voice:
     Args:
         as_json: only the result goes to the standard output, as one JSON object; the rest to the standard error.
         quiet: nothing but the result as JSON, if asked for, and errors.
+
+    Attributes:
+        speaks: whether this process says anything; of several that a launcher started the first does.
     """
 
     def __init__(self, as_json: bool = False, quiet: bool = False):
-        self.as_json, self.quiet = as_json, quiet
+        self.speaks = all(os.environ.get(name, "0") == "0" for name in RANKS)
+        self.as_json, self.quiet = as_json, quiet or not self.speaks
         self.started = time.monotonic()
-        self.console = Console(stderr=as_json, quiet=quiet, highlight=False, markup=False, emoji=False)
+        self.console = Console(stderr=as_json, quiet=self.quiet, highlight=False, markup=False, emoji=False)
 
     def say(self, sentence: str) -> None:
         """A plain sentence."""
@@ -57,7 +62,7 @@ class Voice:
 
     def result(self, result: Mapping[str, Any]) -> None:
         """What scripts read; printed if JSON is asked for."""
-        if self.as_json:
+        if self.as_json and self.speaks:
             sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
 
     @property
@@ -81,13 +86,19 @@ class Voice:
             with self._libraries():
                 yield self
         except KeyboardInterrupt as error:
-            self._fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
+            if self._must_tell(error):
+                self._fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from error
         except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
-            self._fail(str(error) or type(error).__name__, MISTAKE)
+            if self._must_tell(error):
+                self._fail(str(error) or type(error).__name__, MISTAKE)
             raise typer.Exit(MISTAKE) from error
+
+    def _must_tell(self, error: BaseException) -> bool:
+        """Whether no other process does; see `care_hf.processes`."""
+        return self.speaks or not getattr(error, "told", False)
 
     def _fail(self, message: str, code: int) -> None:
         # Not soft-wrapped where there is a terminal: rich breaks lines at words.

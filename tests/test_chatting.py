@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -253,12 +254,11 @@ def test_it_leaves_the_model_as_it_was(testbed, image):
 
 def test_half_precision_says_what_was_done_in_it(testbed, image):
     base, processor = testbed
-    repaired = gated(base, processor, [Site(4, "residual")])
+    repaired = gated(copy.deepcopy(base), processor, [Site(4, "residual")])  # which shares its weights, and casts them
     whole = converse(repaired, processor, TEXT, image, max_new_tokens=1)
     half = converse(repaired.bfloat16(), processor, TEXT, image, max_new_tokens=1)
     assert half.prompt_strength == pytest.approx(whole.prompt_strength, rel=0.05)
     assert not any(half.prompt_strengths[:-1])
-    repaired.float()
 
 
 def test_without_a_cache_it_says_the_same(testbed, image):

@@ -29,9 +29,9 @@ SCENES = [
      ["evaluate repaired --suite testbed --split validation --quick --out results"]),
     ("Add prompts", "As if they had been there from the beginning.",
      ["fit try/model --malicious more/attacks.jsonl --out repaired --update"]),
-    ("Tune", "", ["tune --trials 6 --n 4 --out tuned"]),
+    ("Tune", "", ["tune --trials 4 --n 2 --family turn --out tuned"]),
     ("Mistakes", "", [
-        "fit try/modle --benign try/benign.jsonl --malicious try/malicious.jsonl --out other",
+        "fit try/model --benign try/benin.jsonl --malicious try/malicious.jsonl --out other",
         f"fit try/model {PROMPTS} --recipe lava-1.5-7b --out other",
         "merge repaired --out merged",
     ]),
@@ -52,7 +52,7 @@ def main():
     from care_hf.testbed.world import World
 
     world = World()
-    (attack,), (benign,) = world.attack("icon", "validation", 1), world.benign("recipe", "validation", 1)
+    (attack,), (benign,) = world.attack("typographic", "validation", 1), world.benign("recipe", "validation", 1)
     texts = {"attack": attack.text, "benign": benign.text}
     pages = [PAGE.read_text().partition(MARK)[0] + MARK]
     with tempfile.TemporaryDirectory() as where:

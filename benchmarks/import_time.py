@@ -1,25 +1,28 @@
-"""``python benchmarks/import_time.py``: time of ``import care_hf`` over that of the transformers names it needs."""
+"""``python benchmarks/import_time.py``: what starting costs: ``import care_hf`` and ``care --help``."""
 
 import subprocess
 import sys
 import time
+from pathlib import Path
 from statistics import median
 
 BASE = "from transformers import PreTrainedModel, AutoModelForImageTextToText"
+CARE = str(Path(sys.executable).with_name("care"))
 
 
-def seconds(code: str) -> float:
-    """Wall time of a fresh interpreter that runs `code`."""
+def seconds(*command: str) -> float:
+    """Wall time of a fresh process."""
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def main() -> None:
-    """Time both in turns."""
-    pairs = [(seconds(BASE), seconds("import care_hf")) for _ in range(11)][1:]
-    base, ours = (median(column) for column in zip(*pairs, strict=True))
-    print(f"transformers {base:.2f} s, care_hf {ours:.2f} s, ratio {ours / base:.3f}")
+    """Time all in turns, after a first round that fills the caches."""
+    commands = [(sys.executable, "-c", BASE), (sys.executable, "-c", "import care_hf"), (CARE, "--help")]
+    rounds = [[seconds(*command) for command in commands] for _ in range(11)][1:]
+    base, ours, console = (median(column) for column in zip(*rounds, strict=True))
+    print(f"transformers {base:.2f} s, care_hf {ours:.2f} s, ratio {ours / base:.3f}; care --help {console:.2f} s")
 
 
 if __name__ == "__main__":

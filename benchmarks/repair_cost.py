@@ -6,6 +6,7 @@ What is timed is the whole model as it is used: swapped classes, hooks, the gate
 - ``... --modes compiled``: the same as one compiled graph;
 - ``... --shape 7b``: all of LLaVA-1.5-7B on a GPU, with an image; eager, compiled and as CUDA graphs;
 - ``... --shape tiny``: the same in seconds, on any device, to see that it runs;
+- ``... --repairs gated hook lora merged``: beside what else could be done, see cost_rivals.py;
 - ``... --shape testbed``: the bundled model, its gate fitted.
 """
 
@@ -21,6 +22,7 @@ from statistics import median
 
 import torch
 import transformers
+from cost_rivals import RIVALS, rival
 from transformers import CLIPVisionConfig, DynamicCache, LlamaConfig, LlavaConfig, StaticCache
 from transformers import LlavaForConditionalGeneration as Llava
 
@@ -84,8 +86,10 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> Llava:
         return Llava._from_config(config, dtype=dtype).eval()
 
 
-def repaired(base: Llava, shape: Shape, name: str) -> CareForConditionalGeneration:
-    """`base` under a random repair of the size of a fitted one, named after its fusion, or one of `GATED`."""
+def repaired(base: Llava, shape: Shape, name: str) -> torch.nn.Module:
+    """`base` under a random repair of the size of a fitted one, named after its fusion, one of `GATED`, or a rival."""
+    if name in RIVALS:
+        return rival(base, shape.layers[:2], RANK, name)
     if name not in GATED:
         layers = shape.layers[:2]
         return CareForConditionalGeneration.from_base(
@@ -280,7 +284,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", help="cuda for 7b, else cpu")
     parser.add_argument("--dtypes", nargs="+", help="bfloat16 for 7b, else float32 and bfloat16")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="all for 7b and tiny, else eager")
-    parser.add_argument("--repairs", nargs="+", choices=[*FUSIONS, *GATED], help="all for layer, else some")
+    parser.add_argument("--repairs", nargs="+", choices=[*FUSIONS, *GATED, *RIVALS], help="all for layer, else some")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--new", type=int, help="tokens decoded; 1 for layer, else 32")
     parser.add_argument("--json", type=Path, help="write the rows to this file, too")

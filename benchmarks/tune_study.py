@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="which checkpoint")
     parser.add_argument("--trials", type=int, default=50)
     parser.add_argument("--searches", type=int, default=2, help="of each sampler, with seeds of their own")
+    parser.add_argument("--no-refusal-limit", action="store_true", help="choose by attack success alone")
     parser.add_argument("--starts", action="store_true", help="begin with the recipes")
     parser.add_argument("--n", type=int, default=24, help="validation prompts of every set")
     parser.add_argument("--out", type=Path, required=True)
@@ -84,7 +85,8 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = {"max_new_tokens": NEW, "batch_size": 64}
-    plan = tune_job.prepare("", (), None, arguments.seed, arguments.n, arguments.trials, **options)
+    limit = {"min_refusal": None} if arguments.no_refusal_limit else {}
+    plan = tune_job.prepare("", (), None, arguments.seed, arguments.n, arguments.trials, **options, **limit)
     print(f"checkpoint {arguments.seed}, {plan.summary}", flush=True)
     begun = time.monotonic()
     solver = Solver(plan.model, plan.processor, plan.prompts, plan.space, plan.options["is_refusal"])
@@ -107,10 +109,8 @@ def main() -> None:
             states = [trial.state for trial in found.trials]
             told[name] = {state: states.count(state) for state in dict.fromkeys(states)} | {"seconds": round(seconds)}
             told[name] |= {"chosen": found.chosen.number, "kept": found.kept, "recipe": found.recipe.to_dict()}
-            print(
-                f"{name}: {told[name]['seconds']} s, trial {found.chosen.number}: {told_recipe(found.recipe)}",
-                flush=True,
-            )
+            line = f"{name}: {told[name]['seconds']} s, trial {found.chosen.number}: {told_recipe(found.recipe)}"
+            print(line, flush=True)
     tests = [case for cases in load_suite("test", TEST_PROMPTS).sets.values() for case in cases]
     for found in searches.values():
         found.check_unseen(tests)

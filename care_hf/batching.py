@@ -5,13 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from . import resume
 from .devices import input_device
 from .interventions import evaluating
+from .memory import attempt
 from .processes import Processes
 from .spans import Spans
 from .spans import size as size_of
@@ -19,7 +19,6 @@ from .spans import size as size_of
 AUTO_ON_ACCELERATOR, AUTO_ON_CPU = 128, 16  # with what batch_size="auto" begins
 
 Found = TypeVar("Found")
-logger = logging.get_logger(__name__)
 
 
 def first_size(batch_size: int | str, model: PreTrainedModel) -> int:
@@ -72,10 +71,10 @@ def run_batches(
                 while start < span.stop:
                     together.check()
                     stop = min(start + size, span.stop)
-                    found = _attempt(compute, name, start, stop)
+                    what = f"one prompt alone, number {start} of `{name}` (from 0)"
+                    found = attempt(lambda n=name, a=start, b=stop: compute(n, a, b), stop - start, what)
                     if found is None:
                         size = (stop - start) // 2
-                        logger.warning(f"A batch of {stop - start} prompts does not fit into memory; halved to {size}.")
                         continue
                     unsaved = True  # before it is true: an interrupted `keep` may have finished
                     keep(name, found)
@@ -88,21 +87,3 @@ def run_batches(
         # Also after Ctrl+C or a failing prompt: what was computed is not lost.
         if save and unsaved:
             save()
-
-
-def _attempt(compute: Callable[[str, int, int], Found], name: str, start: int, stop: int) -> Found | None:
-    """What `compute` finds; None if memory does not suffice for so many prompts."""
-    try:
-        return compute(name, start, stop)
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        if stop - start == 1:
-            raise torch.OutOfMemoryError(
-                f"Memory does not suffice for one prompt alone, number {start} of `{name}` (from 0): {error} Shorten "
-                "it or shrink its images, load the model in a smaller dtype, quantised or with device_map='auto', or "
-                "end what else is on the device."
-            ) from error
-    # Only here is the exception gone, and with its frames what the batch held.
-    clear_device_cache(garbage_collection=True)
-    return None

@@ -37,8 +37,8 @@ class Statistics:
     """Streamed moments of the attributed tokens, per site, modality and class; all that subspaces are solved from.
 
     Attributes:
-        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each whatever the number of
-            prompts.
+        moments: ``moments[site][modality]["benign" | "malicious"]``, float64, memory d x d each at most, whatever the
+            number of prompts.
         prompts: number of prompts per class.
         origin: of model and prompts, see `provenance.origin`.
     """

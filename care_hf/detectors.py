@@ -13,6 +13,7 @@ from scipy.stats import norm
 
 from .gating import Gate
 from .linalg import shrink
+from .scatter import RowScatter
 
 CLASSES = ("benign", "malicious", "neutral", "exposed")
 HARMLESS = {"malicious": "benign", "exposed": "neutral"}  # what each harmful class is contrasted with
@@ -80,20 +81,29 @@ def discriminant(
         ridge: share of the scaled identity in the covariance.
 
     Raises:
-        ValueError: there is no contrast.
+        ValueError: there is no contrast, or the ridge is lost beside fewer activations than dimensions.
     """
     if not contrasts:
         raise ValueError("There is no pair of harmful and harmless prompts to tell apart.")
-    centred = torch.cat([cell.double() - cell.double().mean(dim=0) for cell in cells])
-    covariance = centred.mT @ centred / len(centred)
+    deviations = [torch.cat([cell.double() - cell.double().mean(dim=0) for cell in cells])]
     for parts in nuisance:
         means = torch.stack([part.double().mean(dim=0) for part in parts])
-        means = means - means.mean(dim=0)
-        covariance = covariance + means.mT @ means / len(means)
+        deviations.append(means - means.mean(dim=0))
     ends = [torch.stack([pair[i].double().mean(dim=0) for pair in contrasts]).mean(dim=0) for i in (0, 1)]
     difference = ends[0] - ends[1]
-    direction = torch.linalg.solve(shrink(covariance, ridge), difference)
+    direction = _whitened_twice(deviations, difference, ridge)
     return Detector(direction / (difference @ direction), (ends[0] + ends[1]) / 2)
+
+
+def _whitened_twice(deviations: Sequence[torch.Tensor], difference: torch.Tensor, ridge: float) -> torch.Tensor:
+    """``C^-1 difference`` for C the shrunk sum of the covariances of sets of deviations (n, d), each of mean 0."""
+    rows = torch.cat([part / len(part) ** 0.5 for part in deviations])
+    count, d = rows.shape
+    if count >= d or ridge == 0:
+        return torch.linalg.solve(shrink(rows.mT @ rows, ridge), difference)
+    scatter = RowScatter(rows)
+    whitening = scatter.whitening(1 - ridge, ridge * float(scatter.trace()) / d)
+    return whitening.out(whitening.back(difference[:, None]))[:, 0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -80,6 +80,18 @@ class Plan:
         return report
 
 
+def summary(report: Report) -> dict[str, str]:
+    """By defence the shares of attacks and of plain harmful requests that succeed, and benign prompts refused."""
+
+    def told(name: str) -> str:
+        asked = {"attacks": ("attack/", "complied"), "plain": ("harmful", "complied"), "benign": ("benign/", "refused")}
+        rates = {label: report.rate(name, *of) for label, of in asked.items()}
+        words = {"attacks": "of {n} attacks succeed", "plain": "of {n} plain ones", "benign": "of {n} benign refused"}
+        return ", ".join(f"{r.percent} % {words[label].format(n=r.n)}" for label, r in rates.items() if r.n)
+
+    return {name: told(name) for name in report.results}
+
+
 def _controls(repaired, judges: Sequence[Judge]) -> dict[str, CannedRefusal]:
     """The control that takes no training: the same gate, with a refusal in words for an answer."""
     if repaired.gate is None or not len(repaired.gate.thresholds):

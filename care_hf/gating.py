@@ -7,7 +7,8 @@ of the answer, and -1 a token before any such place.
 Torch only, shared by the wrapper and whatever else applies a repair.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -129,6 +130,12 @@ class GateReader(FixedPrecision):
             ValueError: a buffer is not finite.
         """
         Gate((0,), self.readers, self.thresholds, self.required, self.pictured)
+
+
+def among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
+    """Where the ids (...,) are any of `tokens`, bool (...,)."""
+    found = [ids == token for token in tokens]
+    return functools.reduce(torch.logical_or, found) if found else torch.zeros_like(ids, dtype=torch.bool)
 
 
 def prompt_ends(ids: torch.Tensor, prompt_end: Sequence[int], earlier: torch.Tensor | None = None) -> torch.Tensor:

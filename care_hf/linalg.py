@@ -1,17 +1,25 @@
 """The linear algebra of the method: tensors in, tensors out, float64 inside."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from .eigen import CholeskyWhitening, SingularError, Whitening, leading_pairs
+from .scatter import MatrixScatter, RowScatter, SecondMoments
+
+SUMS = ("mean", "origin", "fourth", "third")  # of a `RunningCovariance`
 SYMMETRY = 1e-8  # relative asymmetry that still counts as rounding
+CHECKED = 256  # rows looked at together
 
 
 class RunningCovariance:
-    """Mean and covariance of a stream of vectors, in memory d x d however long the stream is.
+    """Mean and covariance of a stream of vectors, in memory n x d for n < d vectors, then d x d however many there are.
 
     Chunks are merged about the running mean (Chan, Golub and LeVeque), so that a mean far from 0 costs no digits. What
-    the Ledoit-Wolf shrinkage needs beyond that, a sum of fourth powers, is streamed about the first chunk's mean.
+    the Ledoit-Wolf shrinkage needs beyond that, a sum of fourth powers, is streamed about the first chunk's mean, and
+    about it the rows are kept while they are few.
 
     Args:
         dimension: d.
@@ -24,10 +32,11 @@ class RunningCovariance:
 
         self.count = 0
         self.mean = zeros(dimension)  # (d,)
-        self.scatter = zeros(dimension, dimension)  # sum of (x - mean)(x - mean)^T
         self.origin = zeros(dimension)  # y = x - origin below
         self.fourth = zeros()  # sum of |y|^4
         self.third = zeros(dimension)  # sum of |y|^2 y
+        self._rows: list[torch.Tensor] | None = [zeros(0, dimension)]  # all y, or None once there is a matrix:
+        self._matrix: torch.Tensor | None = None  # the sum of (x - mean)(x - mean)^T
 
     def update(self, chunk: torch.Tensor) -> None:
         """Take in `chunk` (n, d), any floating dtype; n may be 0.
@@ -49,21 +58,43 @@ class RunningCovariance:
         squares = shifted.square().sum(dim=1)
         self.fourth = self.fourth + squares.square().sum()
         self.third = self.third + squares @ shifted
-        mean = chunk.mean(dim=0)
-        centred = chunk - mean
-        self._add(len(chunk), mean, centred.mT @ centred)
+        if self._rows is not None and self.count + len(chunk) >= len(self.mean):
+            self._matrix, self._rows = self.scatter.matrix(), None
+        self._add(chunk, shifted)
 
     def to(self, device: torch.device | str) -> None:
         """Move the sums there."""
-        for name in ("mean", "scatter", "origin", "fourth", "third"):
+        for name in SUMS:
             setattr(self, name, getattr(self, name).to(device))
+        if self._rows is not None:
+            self._rows = [rows.to(device) for rows in self._rows]
+        else:
+            self._matrix = self._matrix.to(device)
 
-    def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
+    def _add(self, chunk: torch.Tensor, shifted: torch.Tensor) -> None:
+        total = self.count + len(chunk)
+        mean = chunk.mean(dim=0)
         step = mean - self.mean
-        self.scatter = self.scatter + scatter + torch.outer(step, step) * (self.count * count / total)
-        self.mean = self.mean + step * (count / total)
+        if self._rows is not None:
+            self._rows.append(shifted)
+        else:  # in place: of large d, no more than one matrix should be alive
+            centred = chunk - mean
+            self._matrix.addmm_(centred.mT, centred)
+            self._matrix.addr_(step, step, alpha=self.count * len(chunk) / total)
+        self.mean = self.mean + step * (len(chunk) / total)
         self.count = total
+
+    @property
+    def scatter(self) -> RowScatter | MatrixScatter:
+        """The sum of ``(x - mean)(x - mean)^T``, as rows or as a matrix."""
+        if self._matrix is not None:
+            return MatrixScatter(self._matrix)
+        return RowScatter(self._kept_rows())
+
+    def _kept_rows(self) -> torch.Tensor:
+        if len(self._rows) > 1:
+            self._rows = [torch.cat(self._rows)]
+        return self._rows[0]
 
     def covariance(self, about: torch.Tensor | None = None) -> torch.Tensor:
         """Covariance (d, d), divided by n, about the own mean, or second moments about the vector `about` (d,).
@@ -72,11 +103,35 @@ class RunningCovariance:
             ValueError: nothing has been taken in.
         """
         self._check_not_empty()
-        covariance = self.scatter / self.count
+        covariance = self.scatter.matrix() / self.count
         if about is None:
             return covariance
         step = self.mean - about.to(self.mean)
-        return covariance + torch.outer(step, step)
+        return covariance.addr_(step, step)
+
+    def moments(self, about: torch.Tensor | None = None) -> SecondMoments:
+        """What `covariance` gives, for products with it; no d x d matrix is made.
+
+        Raises:
+            ValueError: nothing has been taken in.
+        """
+        self._check_not_empty()
+        step = torch.zeros_like(self.mean) if about is None else self.mean - about.to(self.mean)
+        return SecondMoments(self.scatter, self.count, step)
+
+    def ridge(self, shrinkage: float) -> float:
+        """``s tr(C) / d``, what `shrink` adds to every variance."""
+        return shrinkage * float(self.scatter.trace()) / (self.count * len(self.mean))
+
+    def whitening(self, shrinkage: float) -> Whitening:
+        """Of the covariance, shrunk as by `shrink`.
+
+        Raises:
+            ValueError: nothing has been taken in, or the shrunk covariance is singular.
+        """
+        self._check_not_empty()
+        with _singular_explained():
+            return self.scatter.whitening((1 - shrinkage) / self.count, self.ridge(shrinkage))
 
     def ledoit_wolf_shrinkage(self) -> float:
         """The share of the scaled identity that Ledoit and Wolf (2004) find best for the covariance about the own mean.
@@ -85,16 +140,16 @@ class RunningCovariance:
             ValueError: nothing has been taken in.
         """
         self._check_not_empty()
-        n, d = self.count, len(self.mean)
-        covariance = self.covariance()
-        # Sum of |x - mean|^4 from sums about the origin: |y - m|^2 = |y|^2 - 2 m.y + |m|^2 with m = mean - origin.
+        n, d, scatter = self.count, len(self.mean), self.scatter
+        # Sum of |x - mean|^4 from sums about the origin: |y - m|^2 = |y|^2 - 2 m.y + |m|^2 with m = mean - origin, and
+        # the sum of y y^T is S + n m m^T.
         m = self.mean - self.origin
-        second = self.scatter + n * torch.outer(m, m)  # sum of y y^T
-        norm = m @ m
-        fourth = self.fourth + 4 * m @ second @ m - 4 * m @ self.third + 2 * norm * second.trace() - 3 * n * norm**2
-        mu = covariance.trace() / d
-        delta = covariance.square().sum() / d - mu**2
-        beta = (fourth / n - covariance.square().sum()) / (n * d)
+        norm, trace = m @ m, scatter.trace()
+        moved = m @ scatter.product(m[:, None])[:, 0]
+        fourth = self.fourth + 4 * moved - 4 * m @ self.third + 2 * norm * trace + 3 * n * norm**2
+        squares = (scatter.norm() / n).square()
+        delta = squares / d - (trace / n / d) ** 2
+        beta = (fourth / n - squares) / (n * d)
         return float((beta.clamp(min=0) / delta).clamp(max=1)) if delta > 0 else 0.0
 
     def _check_not_empty(self) -> None:
@@ -102,9 +157,9 @@ class RunningCovariance:
             raise ValueError("No vectors were taken in, so there is no covariance.")
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Everything needed to go on later, as tensors."""
-        names = ("mean", "scatter", "origin", "fourth", "third")
-        return {"count": torch.tensor(self.count), **{name: getattr(self, name) for name in names}}
+        """Everything needed to go on later, as tensors: "rows" or, once there are d, "scatter" among them."""
+        kept = {"scatter": self._matrix} if self._rows is None else {"rows": self._kept_rows()}
+        return {"count": torch.tensor(self.count), **{name: getattr(self, name) for name in SUMS}, **kept}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "RunningCovariance":
@@ -115,8 +170,12 @@ class RunningCovariance:
         """
         running = cls(len(state["mean"]))
         running.count = int(state["count"])
-        for name in ("mean", "scatter", "origin", "fourth", "third"):
+        for name in SUMS:
             setattr(running, name, state[name].clone())
+        if "rows" in state:
+            running._rows = [state["rows"].clone()]
+        else:  # always so in files of before rows were kept
+            running._rows, running._matrix = None, state["scatter"].clone()
         return running
 
     def merge(self, other: "RunningCovariance") -> None:
@@ -131,17 +190,25 @@ class RunningCovariance:
             return
         theirs = RunningCovariance.from_state(other.state_dict())
         theirs.to(self.mean.device)
+        if theirs._matrix is None:
+            self.update(theirs._kept_rows() + theirs.origin)
+            return
         if self.count == 0:
             self.__dict__.update(theirs.__dict__)
             return
+        if self._rows is not None:
+            self._matrix, self._rows = self.scatter.matrix(), None
         # Their sums of y = x - origin, taken about this origin: of y + s.
         n, s, m = theirs.count, theirs.origin - self.origin, theirs.mean - theirs.origin
-        second = theirs.scatter + n * torch.outer(m, m)  # sum of y y^T
+        second = theirs._matrix.addr(m, m, alpha=n)  # sum of y y^T
         norm, along, trace, moved = s @ s, s @ m, second.trace(), second @ s
         fourth = theirs.fourth + 4 * s @ moved + n * norm**2
         self.fourth = self.fourth + fourth + 4 * s @ theirs.third + 2 * norm * trace + 4 * n * norm * along
         self.third = self.third + theirs.third + 2 * moved + s * (trace + 2 * n * along + n * norm) + n * norm * m
-        self._add(n, theirs.mean, theirs.scatter)
+        step, total = theirs.mean - self.mean, self.count + n
+        self._matrix = (self._matrix + theirs._matrix).addr_(step, step, alpha=self.count * n / total)
+        self.mean = self.mean + step * (n / total)
+        self.count = total
 
 
 def shrink(covariance: torch.Tensor, shrinkage: float) -> torch.Tensor:
@@ -171,23 +238,47 @@ def generalized_eigh(malicious: torch.Tensor, benign: torch.Tensor, rank: int) -
         raise ValueError(f"rank={rank} must lie between 1 and d={d}.")
     malicious, benign = malicious.double(), benign.double()
     for name, matrix in (("malicious", malicious), ("benign", benign)):
-        if matrix.shape != (d, d) or not torch.isfinite(matrix).all():
-            raise ValueError(
-                f"The {name} covariance of shape {tuple(matrix.shape)} must be a finite ({d}, {d}) matrix."
-            )
-        if (matrix - matrix.mT).abs().max() > SYMMETRY * matrix.abs().max():
-            raise ValueError(f"The {name} covariance is not symmetric.")
-    factor, info = torch.linalg.cholesky_ex(benign)
-    pivots = factor.diagonal()
-    if info or pivots.min() <= 1e-7 * pivots.max():
-        raise ValueError("The benign covariance is singular; raise the shrinkage, or give more benign prompts.")
-    half = torch.linalg.solve_triangular(factor, malicious, upper=False)
-    whitened = torch.linalg.solve_triangular(factor, half.mT, upper=False)
-    values, vectors = torch.linalg.eigh((whitened + whitened.mT) / 2)
-    values, vectors = values[-rank:].flip(0), vectors[:, -rank:].flip(1)
-    vectors = torch.linalg.solve_triangular(factor.mT, vectors, upper=True)
+        _check_symmetric(matrix, d, name)
+    with _singular_explained():
+        whitening = CholeskyWhitening(benign.clone(memory_format=torch.contiguous_format))
+    moments = SecondMoments(MatrixScatter(malicious), 1, torch.zeros_like(malicious[0]))
+    return solve_moments(moments, whitening, rank)
+
+
+def solve_moments(malicious: SecondMoments, benign: Whitening, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `generalized_eigh`, of moments and a whitening as a `RunningCovariance` gives them.
+
+    Beside what these hold there is no d x d matrix, unless the eigenvalues lie so close that `eigen.leading_pairs`
+    falls back to a whole decomposition.
+
+    Raises:
+        ValueError: 1 <= k <= d does not hold.
+    """
+    if not 1 <= rank <= len(malicious.like):
+        raise ValueError(f"rank={rank} must lie between 1 and d={len(malicious.like)}.")
+    values, vectors = leading_pairs(malicious, benign, rank)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
     return values, vectors * torch.sign(largest)
+
+
+def _check_symmetric(matrix: torch.Tensor, d: int, name: str) -> None:
+    size = torch.linalg.vector_norm(matrix, torch.inf)
+    if matrix.shape != (d, d) or not torch.isfinite(size):
+        raise ValueError(f"The {name} covariance of shape {tuple(matrix.shape)} must be a finite ({d}, {d}) matrix.")
+    for start in range(0, d, CHECKED):  # in parts: of large d, no further d x d matrix should be alive
+        rows, columns = matrix[start : start + CHECKED, start:], matrix[start:, start : start + CHECKED]
+        if (rows - columns.mT).abs().max() > SYMMETRY * size:
+            raise ValueError(f"The {name} covariance is not symmetric.")
+
+
+@contextmanager
+def _singular_explained() -> Iterator[None]:
+    try:
+        yield
+    except SingularError as error:
+        raise ValueError(
+            "The benign covariance is singular; raise the shrinkage, or give more benign prompts."
+        ) from error
 
 
 def orthonormalize(vectors: torch.Tensor) -> torch.Tensor:
@@ -210,8 +301,12 @@ def orthonormalize(vectors: torch.Tensor) -> torch.Tensor:
     return q * torch.sign(diagonal)
 
 
-def oblique_pair(covariance: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def oblique_pair(moved: torch.Tensor, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Basis B and reader R, both (d, k), of the oblique projector ``I - B R^T = I - C U (U^T C U)^-1 U^T``.
+
+    Args:
+        moved: ``C U``, (d, k).
+        vectors: U, (d, k).
 
     B spans ``C U`` and is orthonormal, ``R^T B = I``; for generalised eigenvectors ``U^T C U = I``, so this is
     ``I - C_b U U^T``: it removes what U reads and, in the sense of LEACE, changes benign activations as little as
@@ -221,6 +316,6 @@ def oblique_pair(covariance: torch.Tensor, vectors: torch.Tensor) -> tuple[torch
         ValueError: ``C U`` has linearly dependent columns.
     """
     vectors = vectors.double()
-    basis = orthonormalize(covariance.double() @ vectors)
+    basis = orthonormalize(moved)
     reader = torch.linalg.solve(vectors.mT @ basis, vectors.mT).mT
     return basis, reader

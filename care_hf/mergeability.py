@@ -10,6 +10,7 @@ from .sites import Site
 
 PRINTED = "Recipe.load('paper').replace(fusion='constant', fusion_weight=0.5)"
 UNANCHORED = "Recipe(anchor='none')"
+VLLM_BIASES = ("llama", "chameleon")  # text models that vLLM gives the biases that their configuration asks for
 
 
 @dataclass
@@ -120,6 +121,22 @@ def check_weights(model: CareForConditionalGeneration) -> None:
         if hasattr(parameter, "device_mesh"):
             raise ValueError(f"The weight {name} is distributed; load the model in one process, on the CPU.")
     model.check()
+
+
+def check_vllm(model: CareForConditionalGeneration, plan: Plan) -> None:
+    """Assert that vLLM, which drops biases that its own class of a model does not have, will not drop the repair's.
+
+    Raises:
+        ValueError: it would.
+    """
+    family = model.config.get_text_config().model_type
+    if plan.biases and family not in VLLM_BIASES:
+        raise ValueError(
+            f"The merged checkpoint would have {len(plan.biases)} biases that vLLM's class of {family} does not, and "
+            f"drops without a word: there it would run unrepaired. Fit with {UNANCHORED}, which needs none; serve the "
+            "repaired checkpoint itself, by this package's plugin; or, if transformers alone will load it, merge with "
+            "only_transformers=True."
+        )
 
 
 def check_untied(model: CareForConditionalGeneration, plan: Plan) -> None:

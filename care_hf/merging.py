@@ -19,7 +19,7 @@ from .merge_check import (
     token_logits,
 )
 from .merge_files import Originals, copy_other_files, find_originals, local_folder, rewrite, saved_tensors, write_config
-from .mergeability import Plan, check_untied, check_weights, plan_merge
+from .mergeability import Plan, check_untied, check_vllm, check_weights, plan_merge
 from .merged_model import fold, plain_copy
 from .modeling_care import CareForConditionalGeneration
 from .switching import refusal
@@ -55,6 +55,7 @@ def merge(
     base: str | Path | None = None,
     inputs=None,
     compare: str = "logits",
+    only_transformers: bool = False,
     max_shard_size: int | str = "1GB",
 ) -> Merged:
     """Write a repaired model as an ordinary checkpoint of its base's class, the repair folded into the weights.
@@ -73,6 +74,8 @@ def merge(
         base: the base's own checkpoint, a folder or a repository; by default where the model remembers it is from.
         inputs: what to compare on, and what to measure on in errors: arguments of the model's forward, or a list of
             them. By default questions beside noise if the model has a processor, otherwise random tokens.
+        only_transformers: whether nothing but transformers will load it. vLLM drops biases that its class of a model
+            does not know, without a word, and would run it unrepaired; so what needs them is refused otherwise.
         compare: "logits", or "tensors" alone, without running the models.
         max_shard_size: of files that are written from memory.
 
@@ -99,6 +102,8 @@ def merge(
     plan, obstacles = plan_merge(repaired)
     if obstacles:
         raise ValueError(refusal(repaired, obstacles, inputs))
+    if not only_transformers:
+        check_vllm(repaired, plan)
     check_untied(repaired, plan)
     check_algebra(plan.maps, repaired)
     expected = _logits(repaired, inputs) if compare == "logits" else None

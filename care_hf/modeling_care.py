@@ -39,6 +39,15 @@ logger = logging.get_logger(__name__)
 AUTO_CLASSES = ("AutoModel", *(auto.__name__ for auto in BASE_CLASSES))
 
 
+def _check_runner(config: CareConfig) -> None:
+    """Assert that whole sequences will come in, which vLLM's Transformers backend joins and cuts as it likes."""
+    if str(config.get_text_config()._attn_implementation).startswith("vllm"):
+        raise ValueError(
+            "vLLM would run the code in this checkpoint, which cannot tell its requests apart there, so that the "
+            "repair would not be exact; install care_hf beside vLLM, which serves the checkpoint by a plugin."
+        )
+
+
 class Switch:
     """Returned by `disable` and `enable`; as a context manager it puts back what was set before."""
 
@@ -75,6 +84,7 @@ class CareForConditionalGeneration(Publishes, LoadsWhole, LeavesToBase):
 
     def __init__(self, config: CareConfig, vlm: PreTrainedModel | None = None):
         super().__init__(config)
+        _check_runner(config)
         self.processor = None
         if vlm is None:
             vlm = auto_class(config.vlm_config).from_config(config.vlm_config)

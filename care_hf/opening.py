@@ -15,6 +15,7 @@ from .configuration_care import CareConfig, auto_class
 from .devices import input_device
 from .fitting import load_processor
 from .modeling_care import CareForConditionalGeneration
+from .settings_files import meant
 from .sites import decoder_layers, hidden_size
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -71,7 +72,7 @@ def open_model(source: str, device: str = "auto", dtype: str = "auto", repaired:
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not known; choose one of {DTYPES}.")
     check_device(device)
-    config = AutoConfig.from_pretrained(source)
+    config = _config(source)
     is_repaired = isinstance(config, CareConfig)
     if repaired is not None and repaired != is_repaired:
         raise ValueError(
@@ -83,6 +84,19 @@ def open_model(source: str, device: str = "auto", dtype: str = "auto", repaired:
     model = auto.from_pretrained(source, dtype=dtype, device_map=_device_map(device)).eval()
     processor = load_processor(model)
     return Opened(source, model, processor)
+
+
+def _config(source: str):
+    try:
+        return AutoConfig.from_pretrained(source)
+    except OSError as error:
+        if Path(source).is_dir():
+            raise
+        beside = [path.name for path in Path(source).parent.iterdir()] if Path(source).parent.is_dir() else []
+        raise OSError(
+            f"There is no folder {source!r} here.{meant(Path(source).name, beside)} As the id of a model on the Hub it "
+            f"cannot be loaded either: {error}"
+        ) from error
 
 
 def check_source(source: str) -> None:

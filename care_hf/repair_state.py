@@ -5,7 +5,6 @@ and what `gating.pack` keeps of it. So it is reordered by beam search, cropped b
 chunked prefill as the keys are.
 """
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from .gating import GateReader, pack, prompt_ends, turn_steps, unpack
+from .gating import GateReader, among, pack, prompt_ends, turn_steps, unpack
 from .projection import branches_freely
 
 try:
@@ -125,7 +124,7 @@ class Forward:
         if forward._ids is None:
             forward._ids = state.ids_of(model, given["inputs_embeds"])
         if state.routed:
-            forward.visual_mask = _among(forward._ids, state.routed)
+            forward.visual_mask = among(forward._ids, state.routed)
         if state.prompt_end:
             forward._begin_turns(given, state.image_tokens)
         return forward
@@ -141,7 +140,7 @@ class Forward:
         self._cache = _decoder_cache(given.get("cache") if cache is None else cache)
         self._layer = _turn_layer(self._cache)
         self._check_history()
-        self.pictured = _among(self._ids, images)
+        self.pictured = among(self._ids, images)
         if self._ids.shape[1] > 1:
             self.pictured = self.pictured.cummax(dim=1).values
         if self._layer is None or not self._layer.is_initialized:  # not so after a reset
@@ -264,11 +263,6 @@ def _recent(layer: Any, count: int, device: torch.device) -> tuple[torch.Tensor,
         if past < count:
             ids = pad(ids, (count - past, 0), value=-1)
     return ids.to(device), packed.to(device)
-
-
-def _among(ids: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:
-    found = [ids == token for token in tokens]
-    return functools.reduce(torch.logical_or, found) if found else torch.zeros_like(ids, dtype=torch.bool)
 
 
 def _ids_of_embeddings(model: PreTrainedModel, embeddings: torch.Tensor, tokens: Iterable[int]) -> torch.Tensor:

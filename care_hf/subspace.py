@@ -12,7 +12,7 @@ import torch
 from . import subspace_files
 from .configuration_care import SCOPES
 from .gating import TURN, Gate
-from .linalg import RunningCovariance, generalized_eigh, oblique_pair, orthonormalize, shrink
+from .linalg import RunningCovariance, oblique_pair, orthonormalize, solve_moments
 from .projection import FUSIONS, MODALITIES, Subspace
 from .sites import Site, hidden_size
 
@@ -221,12 +221,13 @@ def fit_subspace(
                 "the rank."
             )
     share = benign.ledoit_wolf_shrinkage() if shrinkage == "ledoit-wolf" else float(shrinkage)
-    benign_covariance = shrink(benign.covariance(), share)
-    malicious_covariance = malicious.covariance(benign.mean if centring == "benign" else None)
-    values, vectors = generalized_eigh(malicious_covariance.to(benign_covariance), benign_covariance, rank)
+    malicious.to(benign.mean.device)  # one of them may have been read from a file
+    moments = malicious.moments(benign.mean if centring == "benign" else None)
+    values, vectors = solve_moments(moments, benign.whitening(share), rank)
     mean = benign.mean.float()
     if projector == "oblique":
-        basis, reader = oblique_pair(benign_covariance, vectors)
+        moved = (1 - share) * benign.moments().product(vectors) + benign.ridge(share) * vectors
+        basis, reader = oblique_pair(moved, vectors)
         subspace = Subspace(basis, mean, beta, reader)
     else:
         subspace = Subspace(orthonormalize(vectors), mean, beta)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .batching import first_size
 from .judges import Judge, StrictJudge, WordJudge
 from .loaders import load_suite
 from .opening import open_model
@@ -79,10 +80,11 @@ def prepare(
     max_divergence: float | None = Rule.divergence,
     max_over_refusal: float | None = Rule.over_refusal,
     max_new_tokens: int = 32,
-    batch_size: int = 16,
+    batch_size: int | str = 16,
     attacks: Sequence[str] | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    min_refusal: float | None = Rule.refusal,
 ) -> Plan:
     """Load everything.
 
@@ -100,20 +102,20 @@ def prepare(
         max_divergence: the limit of `Rule.divergence`.
         max_over_refusal: the limit of `Rule.over_refusal`.
         max_new_tokens: of every answer.
-        batch_size: prompts per forward.
+        batch_size: prompts per forward, or "auto".
         attacks: families of attacks that are fitted on beside plain requests; by default `SEEN` of the testbed, all of
             a file.
         device: as `opening.open_model` takes it.
         dtype: likewise.
+        min_refusal: the limit of `Rule.refusal`.
 
     Raises:
         ImportError: optuna is not installed.
         ValueError, OSError: a file, a name or a value does not fit; the message says which.
     """
     load_optuna()
-    rule = Rule(max_divergence, max_over_refusal)
+    rule = Rule(max_divergence, max_over_refusal, min_refusal)
     options = {"trials": trials, "sampler": sampler, "seed": seed}
-    options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     if not model:
         if suite or prompts:
             raise ValueError("--suite and --prompts are for a model that is named; the testbed has prompts of its own.")
@@ -129,6 +131,7 @@ def prepare(
         chosen = tuple(data.attacks) if attacks is None else tuple(attacks)
         opened = open_model(model, device, dtype, repaired=False)
         loaded, processor = opened.model, opened.processor
+    options |= {"max_new_tokens": max_new_tokens, "batch_size": first_size(batch_size, loaded)}
     options["is_refusal"] = data.is_refusal
     options["starts"] = [
         name for name in STARTS if (TURN_FAMILY if RECIPES[name].by_turn else MODALITY_FAMILY) in families

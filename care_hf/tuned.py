@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Tuned:
         trials: all, in their order.
         front: the Pareto front, see `pareto`.
         chosen: the trial that `rule` chooses.
-        kept: whether it keeps the rule's limits, which no trial does otherwise.
+        kept: whether it keeps all of the rule's limits; no trial does otherwise.
         rule: see `Rule`.
         undefended: what the base does with the validation prompts.
         subspaces: the chosen repair.
@@ -88,7 +88,7 @@ class Tuned:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the single prompts' divergences."""
-        rule = {"divergence": self.rule.divergence, "over_refusal": self.rule.over_refusal, "told": str(self.rule)}
+        rule = {**asdict(self.rule), "told": str(self.rule)}
         return {
             "format": FORMAT,
             "rule": rule,
@@ -128,11 +128,7 @@ class Tuned:
                     "# Tuning",
                     f"{len(self.trials)} trials ({counts}), sampler {self.settings['sampler']!r}, seed "
                     f"{self.settings['seed']}. {self.rule}",
-                    *(
-                        []
-                        if self.kept
-                        else ["No trial keeps these limits: chosen is the one of the lowest divergence."]
-                    ),
+                    *([] if self.kept else ["No trial keeps all of these limits."]),
                     f"Chosen is trial {self.chosen.number}: {told_recipe(self.recipe)}.",
                     "## Pareto front",
                     "These prompts chose the point, so that its figures are too good; report it on others. Percent "

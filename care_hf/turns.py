@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import collection
-from .answers import generate_answers
+from .answers import answer_batch
 from .batching import first_size, run_batches
 from .collection import PromptFacts
 from .detectors import Cell, Prompts
@@ -182,7 +182,7 @@ class _Recorder:
 
     def ask(self, name: str, samples: Sequence[Sample], start: int) -> dict[int, str]:
         """Have the model answer one batch, whose first prompt is the `start`-th of its class."""
-        answers = generate_answers(self.model, self.processor, samples, 2 * self.recipe.steps, len(samples))
+        answers = answer_batch(self.model, self.processor, samples, 2 * self.recipe.steps)
         return dict(enumerate(answers, start))
 
     def hear(self, name: str, answers: dict[int, str]) -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from care_hf.answers import gate_fires, generate_answers
+from care_hf.answers import gate_fires, generate_answers, next_token_log_probabilities
 from care_hf.gating import Gate
 from care_hf.judges import REFUSALS, is_refusal
 from care_hf.modeling_care import CareForConditionalGeneration
@@ -35,6 +35,34 @@ def test_batched_answers_are_the_single_answers(testbed, world):
     samples = [world.attack("icon", "test", 3)[2], world.plain("test", 2)[1], *world.benign("count", "test", 3)]
     batched = generate_answers(model, processor, samples, 12)
     assert batched == [generate_answers(model, processor, [s], 12)[0] for s in samples]
+
+
+def test_batches_that_do_not_fit_are_halved(testbed, world):
+    model, processor = testbed
+    samples = [*world.plain("test", 4), *world.benign("count", "test", 3)]
+    expected = [read(model, processor, samples) for read in ANSWERING]
+    sizes = []
+
+    def full(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.register_forward_pre_hook(full, with_kwargs=True)
+    try:
+        found = [read(model, processor, samples) for read in ANSWERING]
+    finally:
+        handle.remove()
+    assert found[0] == expected[0]
+    torch.testing.assert_close(found[1], expected[1], atol=1e-4, rtol=1e-4)
+    # Each prompt once, after what did not fit.
+    assert sizes[:2] == [7, 3] and [size for size in sizes if size <= 2][-7:] == [1] * 7
+
+
+ANSWERING = [
+    lambda model, processor, samples: generate_answers(model, processor, samples, 4),
+    next_token_log_probabilities,
+]
 
 
 @pytest.mark.parametrize("beginning", REFUSALS)

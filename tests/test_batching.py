@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 
 import care_hf
-from care_hf import batching, resume
+from care_hf import memory, resume
 from care_hf.batching import first_size, run_batches
 from care_hf.fitting import collect, collect_turns
 from care_hf.recipe import Recipe
@@ -119,8 +119,11 @@ def test_auto_begins_with_many_and_more_on_an_accelerator(testbed):
 
     assert first_size("auto", OnGpu()) == 128
     assert Recipe(batch_size="auto").batch_size == "auto"
-    for size in ("large", 0, 2.0, True, None):
+    for size in ("large", 0, -1):
         with pytest.raises(ValueError, match=r"batch_size=.* must be a whole number of at least 1, or 'auto'"):
+            Recipe(batch_size=size)
+    for size in (2.0, True, None):
+        with pytest.raises(TypeError, match=r"batch_size=.* must be a whole number or text"):
             Recipe(batch_size=size)
 
 
@@ -172,7 +175,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(testbed):
 def test_what_a_failed_batch_held_is_freed_before_the_next(testbed, monkeypatch):
     model, _ = testbed
     alive, large = [], weakref.WeakSet()
-    monkeypatch.setattr(batching, "clear_device_cache", lambda garbage_collection: alive.append(len(large)))
+    monkeypatch.setattr(memory, "clear_device_cache", lambda garbage_collection: alive.append(len(large)))
 
     class Large:
         pass

@@ -149,14 +149,14 @@ def test_an_updated_fit_is_that_of_all_prompts_from_scratch(testbed, classes, tm
 @pytest.fixture
 def wordy(monkeypatch):
     """Makes every refusal of a malicious prompt another text, as those of real models are."""
-    answer = turns.generate_answers
+    answer = turns.answer_batch
 
     def answers(model, processor, samples, *rest):
         found = answer(model, processor, samples, *rest)
         return [f"i cannot {sample.text} ." if text.startswith("i cannot") else text
                 for sample, text in zip(samples, found, strict=True)]  # fmt: skip
 
-    monkeypatch.setattr(turns, "generate_answers", answers)
+    monkeypatch.setattr(turns, "answer_batch", answers)
 
 
 def told(prompts):

@@ -20,10 +20,12 @@ from care_hf import CareForConditionalGeneration, SafetySubspaces, fit, load_ada
 from care_hf.answers import generate_answers
 from care_hf.fit_job import KEPT, UPDATING
 from care_hf.prompt_sources import read_source
+from care_hf.rates import Rate
 from care_hf.recipe import Recipe
 from care_hf.samples import Sample
 from care_hf.testbed import load_testbed
 from care_hf.testbed.files import write_files
+from care_hf.testbed.world import ATTACKS
 from care_hf_console.app import app
 from care_hf_console.voice import duration, size
 
@@ -399,7 +401,17 @@ def test_a_repaired_model_is_measured_with_its_control(fitted, tmp_path):
     result = invoke("evaluate", fitted[0], "--suite", "testbed", "--split", "validation", "--quick", "--out", tmp_path)
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "report.json").read_text())["results"]
-    assert {"gate + canned refusal"} < set(report) and len(report) == 3
+    assert list(report) == ["undefended", "repaired", "gate + canned refusal"]
+    n = 24 * len(ATTACKS)
+
+    def count(defence, verdict):
+        sets = (report[defence]["sets"][f"attack/{family}"]["strict"] for family in ATTACKS)
+        return sum(verdicts.get(verdict, 0) for verdicts in sets)
+
+    told = " ".join(result.output.split())
+    for defence in report:
+        assert f"{defence} {Rate(count(defence, 'complied'), n).percent} % of {n} attacks succeed" in told
+    assert count("repaired", "refused") > count("undefended", "refused")
 
 
 def test_a_small_tuning(tmp_path):

@@ -16,6 +16,7 @@ from care_hf.mediation import Effects, Mediation
 from care_hf.recipe import Recipe
 from care_hf.samples import load_samples
 from care_hf.sites import Site
+from care_hf.spans import size
 from care_hf.testbed.prompts import fit_prompts
 
 PAPER = Recipe.load("paper")
@@ -164,7 +165,7 @@ def test_a_killed_fit_goes_on_from_its_last_save(testbed, prompts, tmp_path, mon
 
     def keep_a_copy(self, into):
         save(self, into)
-        saves.append((sum(self.done.values()), into.path.read_bytes()))
+        saves.append((sum(map(size, self.done.values())), into.path.read_bytes()))
 
     monkeypatch.setattr(collecting._Collector, "save", keep_a_copy)
     monkeypatch.setattr(resume, "SAVE_SECONDS", 0)

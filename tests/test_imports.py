@@ -16,6 +16,8 @@ ORDER = [
         "processes",
         "spans",
         "linalg",
+        "eigen",
+        "scatter",
         "processor_quirks",
         "samples",
         "rates",
@@ -31,12 +33,14 @@ ORDER = [
         "quantised",
         "atomic",
         "publishing",
+        "memory",
         "settings_files",
         "shipped",
         "tensor_files",
     },
     {
         "gating",
+        "paged_turns",
         "judges",
         "report",
         "rows",
@@ -49,10 +53,21 @@ ORDER = [
         "card_results",
     },
     {"model_judges", "judge_score", "prompt_files", "safety_sets", "utility_sets"},
-    {"configuration_care", "affine", "repair_state", "subspace_files", "detectors", "teacher_forcing", "data_settings"},
+    {
+        "configuration_care",
+        "affine",
+        "repair_state",
+        "subspace_files",
+        "detectors",
+        "teacher_forcing",
+        "data_settings",
+        "vllm_turns",
+        "vllm_sites",
+    },
     {
         "repaired_module",
         "adapters",
+        "vllm_settings",
         "loaders",
         "token_ablation",
         "blocking",
@@ -60,8 +75,8 @@ ORDER = [
         "separability",
         "site_check",
     },
-    {"undisturbed", "pair_runs", "repairing", "delegation", "loading"},
-    {"replay"},
+    {"undisturbed", "pair_runs", "repairing", "delegation", "loading", "vllm_repair"},
+    {"replay", "vllm_models", "vllm_plugin"},
     {"recipe", "attribution", "subspace", "modeling_care", "answers", "patches", "resume", "steering_vectors"},
     {"batching", "collection", "shared_collection", "repair_files", "inspection_text", "correction", "search_values"},
     {"provenance", "inspection", "chatting", "search_space", "tuning_measures"},
@@ -141,8 +156,16 @@ def test_remote_code_needs_nothing_installed():
 
 
 def test_tensor_maths_knows_no_transformers():
-    for module in ("projection", "linalg", "attribution"):
+    for module in ("projection", "linalg", "eigen", "scatter", "attribution"):
         assert "transformers" not in imports(PACKAGE / f"{module}.py")[1], module
+
+
+def test_only_modules_for_vllm_need_it():
+    for path in PACKAGE.glob("*.py"):
+        _, outside = imports(path)
+        assert "vllm" not in outside or path.stem.startswith("vllm_"), path
+        inside, _ = imports(path)
+        assert path.stem.startswith("vllm_") or not any(name.startswith("vllm_") for name in inside), path
 
 
 def test_only_the_console_prints():
@@ -156,7 +179,7 @@ def test_only_the_console_prints():
 
 
 def test_importing_loads_no_heavy_library():
-    heavy = ("scipy", "datasets", "sklearn", "typer", "peft", "optuna")
+    heavy = ("vllm", "scipy", "datasets", "sklearn", "typer", "peft", "optuna")
     code = f"import sys, care_hf; print(*[m for m in {heavy} if m in sys.modules])"
     baseline = code.replace(
         "care_hf", "transformers; from transformers import PreTrainedModel, AutoModelForImageTextToText"

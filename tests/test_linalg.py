@@ -118,7 +118,7 @@ def test_the_printed_operator_is_no_projector_and_ours_is():
 def test_the_oblique_pair_is_the_oblique_projector(seed):
     malicious, benign = spd(seed), spd(seed + 1)
     _, vectors = generalized_eigh(malicious, benign, 3)
-    basis, reader = oblique_pair(benign, vectors)
+    basis, reader = oblique_pair(benign @ vectors, vectors)
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-9)
     np.testing.assert_allclose(reader.T @ basis, np.eye(3), atol=1e-8)
     np.testing.assert_allclose(basis @ reader.T, benign @ vectors @ vectors.T, atol=1e-7)

@@ -144,6 +144,14 @@ def test_models_that_cannot_be_opened(arguments, error, message):
         open_model(*arguments)
 
 
+def test_a_folder_that_is_misspelt(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "models" / "llava").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError, match=r"no folder 'models/lava' here\. Did you mean 'llava'\? As the id of a model"):
+        open_model("models/lava")
+
+
 def test_files_that_are_no_model(tmp_path):
     shutil.copy(DATA / "glyphs.png", tmp_path / "glyphs.png")
     with pytest.raises(FileNotFoundError):

@@ -216,4 +216,5 @@ def test_a_wheel_holds_them(tmp_path):
     for name in ("configs", "conversion"):
         assert inside(tmp_path / "lib" / "care_hf" / name) == inside(tmp_path / name) != set()
     built = {name for name in inside(tmp_path / "lib" / "care_hf") if not name.startswith(("configs/", "conversion/"))}
-    assert built == inside(tmp_path / "care_hf")
+    console = {f"console/{name}" for name in inside(tmp_path / "lib" / "care_hf_console")}
+    assert built | console == inside(tmp_path / "care_hf") and "console/app.py" in console - built

@@ -172,22 +172,35 @@ def test_the_rule_takes_the_lowest_attack_success_within_its_limits():
         trial(5, complied=3, divergences=[0.0]),
         trial(6, DOMINATED, complied=1),
     ]
-    chosen, kept = Rule(0.05, 0.1).choose(trials)
+    chosen, kept = Rule(0.05, 0.1, None).choose(trials)
     assert (chosen.number, kept) == (3, True)
-    assert Rule(None, 0.1).choose(trials)[0].number == 0
-    assert Rule(0.05, None).choose(trials)[0].number == 1
-    assert "at most 0.05 nats" in str(Rule(0.05, 0.1)) and "at most 10 % of benign" in str(Rule(0.05, 0.1))
+    assert Rule(0.05, 0.1, refusal=0.8).choose(trials) == (trials[3], True)  # of 10 attacks 8 are refused
+    assert Rule(None, 0.1, refusal=0.9).choose(trials) == (trials[0], True)
+    assert Rule(0.05, None, refusal=0.9).choose(trials) == (trials[1], True)
+    assert Rule(None, 0.1, None).choose(trials) == (trials[0], True)
+    told = str(Rule(0.05, 0.1, 0.8))
+    for part in ("at most 0.05 nats", "at most 10 % of benign", "refuse at least 80 % of attacks"):
+        assert part in told
+    assert str(Rule(None, None, None)).startswith("Of all complete trials the one of the lowest attack success")
 
 
-def test_where_no_trial_keeps_the_limits_the_least_divergence_is_chosen_and_told():
-    trials = [trial(0, complied=0, divergences=[0.5]), trial(1, complied=9, divergences=[0.4])]
-    chosen, kept = Rule(0.1).choose(trials)
-    assert (chosen.number, kept) == (1, False)
+def test_where_no_trial_keeps_all_limits_benign_prompts_come_before_refusals():
+    trials = [
+        trial(0, complied=0, divergences=[0.5]),
+        trial(1, complied=9, divergences=[0.4]),
+        trial(2, complied=6, divergences=[0.2]),
+        trial(3, complied=5, divergences=[0.2]),
+    ]
+    assert Rule(0.3, refusal=0.8).choose(trials) == (trials[3], False)
+    assert Rule(0.1).choose(trials) == (trials[3], False)  # of equal divergence the one of lower attack success
+    assert Rule(0.1).choose(trials[:2]) == (trials[1], False)
     with pytest.raises(ValueError, match=r"None of 1 trials is complete.*too few"):
         Rule().choose([Trial(0, Recipe(), UNSOLVED, reason="too few")])
 
 
-@pytest.mark.parametrize("limits", [{"divergence": -1}, {"over_refusal": 1.5}, {"divergence": math.nan}])
+@pytest.mark.parametrize(
+    "limits", [{"divergence": -1}, {"over_refusal": 1.5}, {"divergence": math.nan}, {"refusal": 2}]
+)
 def test_a_limit_that_means_nothing_is_refused(limits):
     with pytest.raises(ValueError, match="must be None or a number"):
         Rule(**limits)

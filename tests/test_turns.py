@@ -157,7 +157,7 @@ def test_an_empty_answer_is_recorded_at_the_end_of_its_prompt(testbed, few, monk
     model, processor = testbed
     whole = collect_turns(model, **few, processor=processor, recipe=RECIPE)
     with monkeypatch.context() as patched:
-        patched.setattr(turns, "generate_answers", lambda m, p, samples, *_: ["", *[REFUSAL] * (len(samples) - 1)])
+        patched.setattr(turns, "answer_batch", lambda m, p, samples, *_: ["", *[REFUSAL] * (len(samples) - 1)])
         empty = collect_turns(model, **few, processor=processor, recipe=RECIPE, judge=lambda answer: True)
     torch.testing.assert_close(empty.gate, whole.gate, rtol=1e-4, atol=1e-4)
     site = Site(4, "residual")

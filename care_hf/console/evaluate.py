@@ -38,7 +38,8 @@ def evaluate(
         where = {"device": device, "dtype": dtype}
         plan = job.prepare(model, list(suite), comparison, prompts, list(judge), seed, split, quick, **where)
         voice.say(f"Measures {plan.summary}.")
-        plan.run(out)
+        report = plan.run(out)
+        voice.facts(job.summary(report))
         voice.say(f"Written to {out} in {voice.elapsed}: report.md, report.json, answers.json")
         voice.result({"out": str(out), "report": str(out / "report.json")})
 

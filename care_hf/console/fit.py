@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .inform import SUMMARY, show_sections
-from .options import Device, Dtype, Json, Model, Out, Quiet, Recipe, batch_size
+from .options import BatchSize, Device, Dtype, Json, Model, Out, Quiet, Recipe, batch_size
 from .voice import Voice
 
 DATA = "Prompts: files, folders, Hub ids, benchmark sets"
@@ -43,14 +43,7 @@ def fit(
     ] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the repair alone, a file of some MB.")] = False,
     seed: Annotated[int | None, typer.Option(min=0, help="In place of the recipe's.")] = None,
-    batch: Annotated[
-        str | None,
-        typer.Option(
-            "--batch-size",
-            help="Prompts per forward, or auto: large, and halved where memory does not suffice.",
-            rich_help_panel="Where it runs",
-        ),
-    ] = None,
+    batch: BatchSize = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

@@ -17,9 +17,11 @@ Dtype = Annotated[
     str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.", rich_help_panel=WHERE)
 ]
 BatchSize = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="Prompts per forward, or auto: large, and halved where memory does not suffice.", rich_help_panel=WHERE
+        "--batch-size",
+        help="Prompts per forward, or auto: large, and halved where memory does not suffice.",
+        rich_help_panel=WHERE,
     ),
 ]
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a model.")]

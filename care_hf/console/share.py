@@ -14,6 +14,9 @@ def merge(
     out: Annotated[Path, typer.Option(help="A new folder.")],
     base: Annotated[str | None, typer.Option(help="The base's own checkpoint, if it is not where it was.")] = None,
     compare: Annotated[str, typer.Option(help="logits, or tensors alone, which runs no model.")] = "logits",
+    only_transformers: Annotated[
+        bool, typer.Option("--only-transformers", help="Also where other engines would drop what is added, unseen.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -25,7 +28,7 @@ def merge(
 
         check_source(checkpoint)
         voice.say(f"Merges {checkpoint}.")
-        merged = fold(checkpoint, out, base=base, compare=compare)
+        merged = fold(checkpoint, out, base=base, compare=compare, only_transformers=only_transformers)
         voice.say(f"Merged in {voice.elapsed}: {out} is a checkpoint of the base's class.")
         difference = None if merged.difference is None else f"{merged.difference:.2g} of the logits' spread"
         changed = f"{len(merged.changed)} tensors changed, {len(merged.added)} added"

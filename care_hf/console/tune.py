@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Json, OptionalModel, Out, Quiet
+from .options import BatchSize, Device, Dtype, Json, OptionalModel, Out, Quiet, batch_size
 from .voice import Voice
 
 
@@ -26,8 +26,9 @@ def tune(
         float | None, typer.Option(help="Nats per token from the base on benign prompts that are allowed.")
     ] = None,
     max_over_refusal: Annotated[float | None, typer.Option(help="Share of benign prompts that may be refused.")] = None,
+    min_refusal: Annotated[float | None, typer.Option(help="Share of attacks that must be refused.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of every answer.")] = 32,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward.")] = 16,
+    batch: BatchSize = "16",
     seed: Annotated[int, typer.Option(min=0, help="Of the sampler; of the testbed, which checkpoint.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -39,7 +40,7 @@ def tune(
     with voice.command():
         from care_hf import tune_job as job
 
-        limits = {"max_divergence": max_divergence, "max_over_refusal": max_over_refusal}
+        limits = {"max_divergence": max_divergence, "max_over_refusal": max_over_refusal, "min_refusal": min_refusal}
         plan = job.prepare(
             model,
             list(suite),
@@ -51,7 +52,7 @@ def tune(
             families=tuple(family),
             layers=list(layer),
             max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
+            batch_size=batch_size(batch),
             device=device,
             dtype=dtype,
             **{name: value for name, value in limits.items() if value is not None},

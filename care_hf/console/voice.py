@@ -111,8 +111,7 @@ class Voice:
     def _libraries(self) -> Iterator[None]:
         """What libraries say: progress bars in a terminal, elsewhere a line now and then; or nothing."""
         bars = not self.quiet and sys.stderr.isatty()
-        if not bars:
-            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # read when `datasets` is imported
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # which read files in no time
         from transformers.utils import logging
 
         from .progress import Lines, Silent

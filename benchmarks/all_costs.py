@@ -1,0 +1,73 @@
+"""What everything costs, as ratios: ``python benchmarks/all_costs.py`` renews docs/results/costs.md.
+
+Each measures both sides of its ratio in turns in one run. Some 15 minutes on 2 idle cores; ``--only`` runs one part
+and keeps the others as they are.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results" / "costs.md"
+PARTS = {
+    "overhead": (
+        "A forward of the repaired model over the base's",
+        "One decoder layer of a 7B model (4096, 11008) in a LLaVA. `merged`: one subspace folded into the weights; "
+        "`lora`: PEFT's adapter of equal rank on the same linear layer; `hook`: a plain forward hook that projects.",
+        "repair_cost.py --rounds 5 --dtypes float32 --repairs gated adaptive merged lora hook".split(),
+    ),
+    "fit": (
+        "A fit over the plain forward of its prompts",
+        "![growth](costs.png)",
+        "fit_scaling.py --rounds 3 --figure docs/results/costs.png".split(),
+    ),
+    "trace": ("A causal trace over the loop that one would write", "", "trace_speed.py --n 4 --rounds 1".split()),
+    "start": ("Starting", "", ["import_time.py"]),
+}
+ELSEWHERE = (
+    "Collecting with the forward ended early: [collect.md](collect.md). Solving at d up to 8192 against scipy: "
+    "[solve.md](solve.md). Every repair, single rows, intervals: [repair_cost.md](repair_cost.md). Memory of a merge: "
+    "[merge.md](merge.md). Not measured on a GPU."
+)  # fmt: skip
+
+
+def run(arguments: list[str]) -> str:
+    """What a benchmark prints."""
+    script, *rest = arguments
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *rest]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if finished.returncode:
+        raise RuntimeError(f"{script} failed:\n{finished.stderr}")
+    return finished.stdout.strip()
+
+
+def section(name: str) -> str:
+    title, told, command = PARTS[name]
+    shown = "`python benchmarks/" + " ".join(command) + "`"
+    return "\n\n".join(part for part in (f"## {title}", told, shown, run(command)) if part)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=PARTS)
+    only = parser.parse_args().only
+    kept = re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)[1:] if only else []
+    machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
+    machine += f"transformers {transformers.__version__}, no GPU"
+    pages = [f"# What it costs\n\nRenewed by `python benchmarks/all_costs.py` on {machine}. {ELSEWHERE}"]
+    for index, name in enumerate(PARTS):
+        pages.append(kept[index].strip() if only and name != only else section(name))
+        print(pages[-1], flush=True)
+    PAGE.write_text("\n\n".join(pages) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -40,3 +40,12 @@ def test_merged_moments_are_those_of_all_chunks(sizes, far):
 def test_moments_of_another_dimension_are_not_merged():
     with pytest.raises(ValueError, match="dimension 3 do not fit those of 8"):
         RunningCovariance(8).merge(RunningCovariance(3))
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_moments_merged_into_none_are_the_same_to_the_last_bit(count):
+    one, other = RunningCovariance(8), RunningCovariance(8)
+    one.update(torch.randn(count, 8, generator=torch.Generator().manual_seed(0)))
+    other.merge(one)
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())

@@ -32,6 +32,11 @@ def is_spread(model: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     # What transformers shares out need not all be DTensors; DeepSpeed marks what it shares out with an id.
-    shared = any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())
     wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    return shared or wrapped or any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    shared = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    return wrapped or shared or is_split_by_tensors(model)
+
+
+def is_split_by_tensors(model: nn.Module) -> bool:
+    """Whether every process computes but its part of each layer: the units of an FFN, some attention heads."""
+    return any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())

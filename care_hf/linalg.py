@@ -190,11 +190,11 @@ class RunningCovariance:
             return
         theirs = RunningCovariance.from_state(other.state_dict())
         theirs.to(self.mean.device)
+        if self.count == 0:  # to the last bit, so that what goes on from a file is as if it had not been interrupted
+            self.__dict__.update(theirs.__dict__)
+            return
         if theirs._matrix is None:
             self.update(theirs._kept_rows() + theirs.origin)
-            return
-        if self.count == 0:
-            self.__dict__.update(theirs.__dict__)
             return
         if self._rows is not None:
             self._matrix, self._rows = self.scatter.matrix(), None

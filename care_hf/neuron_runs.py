@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .contrasts import Contrast
-from .devices import input_device
+from .devices import input_device, is_split_by_tensors
 from .samples import Samples, batches, collate
 from .sites import FFN_NAMES, decoder_layers, hidden_size, image_token_ids
 
@@ -29,8 +29,14 @@ def down_projection(model: nn.Module, layer: int) -> nn.Module:
     Any module with `in_features` and `out_features` counts as linear: those of quantised models are of many classes.
 
     Raises:
-        ValueError: the model has no such layer, or its FFN no single such module, as a mixture of experts.
+        ValueError: the model has no such layer, or its FFN no single such module, as a mixture of experts; or units are
+            shared out to processes.
     """
+    if is_split_by_tensors(model):
+        raise ValueError(
+            f"Every process has but its part of the FFN units of this {type(model).__name__}; load it without tensor "
+            "parallelism (device_map='auto', if one device does not hold it)."
+        )
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer={layer}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")

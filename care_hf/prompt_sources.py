@@ -7,6 +7,7 @@ from typing import Any
 
 from .loaders import load_cases
 from .prompt_files import FORMATS, read_rows
+from .settings_files import meant
 from .shipped import shipped
 
 ACCEPTED = (
@@ -44,6 +45,9 @@ def read_source(name: str, limit: int | None = None) -> Source:
         prompts = _read_folder(path)
     elif (settings := _settings(name)) is not None:
         prompts = _read_benchmark(name, *settings)
+    elif path.suffix in FORMATS:  # a data set of the Hub may be called so; somebody's file is more probable
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise FileNotFoundError(f"There is no file {name}.{meant(path.name, beside)}")
     else:
         prompts = _read_hub(name)
     if not len(prompts):

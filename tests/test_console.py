@@ -209,7 +209,7 @@ PROMPTS = "--benign B --malicious M --out OUT"
         ("fit MODEL --out OUT", "A fit needs --benign and --malicious: prompts to grant and to refuse"),
         ("fit nowhere/at/all --out OUT", "'nowhere/at/all' is no folder, and no id of a model on the Hub"),
         ("fit FILES --out OUT", "holds no config.json, so no model"),
-        ("fit MODEL --benign x.jsonl --malicious M --out OUT", "No prompts are called 'x.jsonl'; give a file"),
+        ("fit MODEL --benign x.jsonl --malicious M --out OUT", "There is no file x.jsonl."),
         ("fit MODEL --out FILES", "is not empty and holds no earlier fit"),
         ("fit MODEL --out B", "is a file; name a folder"),
         ("fit MODEL --out OUT --update", f"holds no {KEPT}, to which prompts could be added"),

@@ -93,7 +93,13 @@ def test_a_limit_spreads_over_the_set(tmp_path):
         assert len(read_source(str(tmp_path / name), limit=9).prompts) == 7
 
 
-@pytest.mark.parametrize("name", ["nothing.jsonl", "./nothing", "/nothing/there", "nothing", "a/b/c", "o/n:a:b:c"])
+def test_a_file_that_is_misspelt(tmp_path):
+    (tmp_path / "benign.jsonl").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*benin.jsonl. Did you mean 'benign.jsonl'\?"):
+        read_source(str(tmp_path / "benin.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/there", "nothing", "a/b/c", "o/n:a:b:c"])
 def test_names_of_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"No prompts are called .*; give a file"):

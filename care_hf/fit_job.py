@@ -54,12 +54,6 @@ class Plan:
     def _sites(self) -> str:
         return ", ".join(map(str, self.recipe.find_sites(self.opened.model)))
 
-    def run(self) -> CareForConditionalGeneration:
-        """Fit, and save into `out`."""
-        repaired = self.fit()
-        self.save(repaired)
-        return repaired
-
     def fit(self) -> CareForConditionalGeneration:
         """Fit; what is collected is kept in `out` from the beginning. Of several processes each does its part."""
         self.out.mkdir(parents=True, exist_ok=True)

@@ -146,12 +146,13 @@ def _sizes(sizes: Mapping[str, Any]) -> Rows:
     for name in ("base", "repair"):
         one = sizes[name]
         if one["parameters"] is not None:
-            rows.append((name, f"{one['parameters']:,} parameters, {_bytes(one['bytes'])}"))
+            rows.append((name, f"{one['parameters']:,} parameters, {told_bytes(one['bytes'])}"))
     share = sizes["share"]
     return rows if share is None else [*rows, ("share", f"{100 * share:.3g} % of the base's parameters")]
 
 
-def _bytes(count: int) -> str:
+def told_bytes(count: int) -> str:
+    """Bytes as words: "512 B", "2.91 MB"."""
     power = min((len(str(count)) - 1) // 3, 4)
     return f"{count / 1000**power:.{3 if power else 0}{'g' if power else 'f'}} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from care_hf import CareForConditionalGeneration, SafetySubspaces, fit, load_adapter
 from care_hf.answers import generate_answers
 from care_hf.fit_job import KEPT, UPDATING
+from care_hf.inspection_text import told_bytes
 from care_hf.prompt_sources import read_source
 from care_hf.rates import Rate
 from care_hf.recipe import Recipe
@@ -27,7 +28,7 @@ from care_hf.testbed import load_testbed
 from care_hf.testbed.files import write_files
 from care_hf.testbed.world import ATTACKS
 from care_hf_console.app import app
-from care_hf_console.voice import duration, size
+from care_hf_console.voice import duration
 
 CARE = [str(Path(sys.executable).with_name("care"))]
 # Sums of as many threads as here are equal to the last bit.
@@ -259,6 +260,15 @@ def test_a_traceback_for_who_wants_one(files, tmp_path, monkeypatch):
     assert result.exit_code == 2 and "Traceback (most recent call last)" in result.stderr
 
 
+def test_a_lack_of_memory_is_told_in_a_sentence(monkeypatch, tmp_path):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("Memory does not suffice for one prompt alone.")
+
+    monkeypatch.setattr("care_hf.inspecting.inspect", full)
+    result = invoke("info", tmp_path)
+    assert result.exit_code == 2 and result.stderr == "Memory does not suffice for one prompt alone.\n"
+
+
 def test_what_nobody_foresaw_is_not_hidden(monkeypatch, tmp_path):
     monkeypatch.setattr("care_hf.inspecting.inspect", lambda *args, **kwargs: {}["nothing"])
     with pytest.raises(KeyError, match="nothing"):
@@ -438,4 +448,10 @@ def test_words_for_numbers():
         "1 h 0 min",
         "2 h 5 min",
     ]
-    assert [size(n) for n in (0, 999, 1000, 2_913_000, 14.2e9)] == ["0 B", "999 B", "1 kB", "2.91 MB", "14.2 GB"]
+    assert [told_bytes(n) for n in (0, 999, 1000, 2_913_000, 14_200_000_000)] == [
+        "0 B",
+        "999 B",
+        "1 kB",
+        "2.91 MB",
+        "14.2 GB",
+    ]

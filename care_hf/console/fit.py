@@ -83,11 +83,11 @@ def fit(
         found = inspect(out)
         voice.say(f"Fitted in {voice.elapsed}, saved in {out}.")
         show_sections(voice, found.sections(), SUMMARY)
-        voice.next_steps(_next(str(out), model, adapter))
+        voice.next_steps(_next(str(out), adapter))
         voice.result({"out": str(out), "seconds": round(voice.seconds), **found.to_dict()})
 
 
-def _next(out: str, model: str, adapter: bool) -> dict[str, str]:
+def _next(out: str, adapter: bool) -> dict[str, str]:
     if adapter:
         return {f"care info {out}": "see what the repair is", f"care push {out} org/name": "share it"}
     return {

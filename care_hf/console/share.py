@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import Checkpoint, Json, Quiet
-from .voice import Voice, size
+from .voice import Voice
 
 
 def merge(
@@ -24,6 +24,7 @@ def merge(
     voice = Voice(as_json, quiet)
     with voice.command():
         from care_hf import merge as fold
+        from care_hf.inspection_text import told_bytes
         from care_hf.opening import check_source
 
         check_source(checkpoint)
@@ -32,7 +33,7 @@ def merge(
         voice.say(f"Merged in {voice.elapsed}: {out} is a checkpoint of the base's class.")
         difference = None if merged.difference is None else f"{merged.difference:.2g} of the logits' spread"
         changed = f"{len(merged.changed)} tensors changed, {len(merged.added)} added"
-        voice.facts({"weights": changed, "difference": difference, "size": size(_bytes(out))})
+        voice.facts({"weights": changed, "difference": difference, "size": told_bytes(_bytes(out))})
         voice.result(
             {"out": str(out), "changed": merged.changed, "added": merged.added, "difference": merged.difference}
         )

@@ -89,7 +89,9 @@ class Voice:
             if self._must_tell(error):
                 self._fail("Interrupted. What was finished is kept; the same command goes on from there.", INTERRUPTED)
             raise typer.Exit(INTERRUPTED) from error
-        except (ValueError, TypeError, OSError, ImportError, FloatingPointError, MemoryError) as error:
+        except Exception as error:
+            if not _is_mistake(error):
+                raise
             if os.environ.get(TRACEBACK):
                 traceback.print_exc()
             if self._must_tell(error):
@@ -128,6 +130,13 @@ class Voice:
             logging.set_verbosity(verbosity)
 
 
+def _is_mistake(error: Exception) -> bool:
+    """Whether an error is the user's to mend, and says how."""
+    torch = sys.modules.get("torch")  # not loaded before a command needs it
+    memory = (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
+    return isinstance(error, (ValueError, TypeError, OSError, ImportError, FloatingPointError, *memory))
+
+
 def duration(seconds: float) -> str:
     """Seconds as words: "41 s", "3 min 20 s", "2 h 5 min"."""
     seconds = round(seconds)
@@ -138,12 +147,3 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {seconds} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"
-
-
-def size(count: float) -> str:
-    """Bytes as words: "512 B", "2.9 MB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError

@@ -1,21 +1,20 @@
 """The leading solutions of ``C_m u = lambda C_b u``, with few matrices in memory; float64.
 
-The pencil is whitened, ``F F^T = C_b^-1`` and ``A = F^T C_m F``, and A is only ever applied to vectors.
+The pencil is whitened, ``F F^T = C_b^-1`` and ``A = F^T C_m F``, and A is only ever applied to blocks of vectors.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
 import torch
 
 SINGULAR = 1e-7  # the smallest pivot of a factor against its largest
 WHOLE = 512  # up to this size a whole decomposition takes no longer
-TOLERANCE = 1e-8  # of ARPACK, relative to each eigenvalue; over the relative gap to the next, the error of the span
-RESIDUAL = 1e-7  # what is let through, relative to the smallest eigenvalue wanted
+WIDER = 8  # by how much a block is wider than the rank: the gap that counts for speed is to the eigenvalue after it
+STEPS = 40  # blocks at most; about then the whole decomposition is as fast
+SELDOM = 8  # steps after which not each is followed by a look at what was found, which takes longer and longer
+ANGLE = 1e-5  # between the span and the exact one, at most, by the bound of Davis and Kahan
+TOLERANCE = 1e-8  # relative to the smallest eigenvalue wanted: is enough where the next is too close to mean a span
 ROUNDING = 1e-13  # relative to the largest eigenvalue: no decomposition leaves smaller residuals
-MISSED = 1e-2  # how closely eigenvalues that were missed are looked for
-RESTARTS = 60  # some 1,000 products; about then the whole decomposition is as fast
 
 
 class SingularError(ValueError):
@@ -136,8 +135,8 @@ class RowsWhitening:
 def leading_pairs(moments: Moments, whitening: Whitening, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest solutions of ``C_m u = lambda C_b u``.
 
-    Large problems are given to ARPACK (implicitly restarted Lanczos), started from a fixed vector; what it finds is
-    checked. Small ones, and those on which it fails, are decomposed whole, for which some d x d matrices more are made.
+    Of large problems a block Krylov space is searched, begun with fixed random columns; what it finds is checked. Small
+    ones, and those on which it fails, are decomposed whole, for which some d x d matrices more are made.
 
     Args:
         moments: C_m.
@@ -169,35 +168,48 @@ def _thin(moments: Moments, whitening: Whitening) -> tuple[torch.Tensor, torch.T
 
 
 def _krylov(moments: Moments, whitening: Whitening, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The `rank` largest pairs of A by ARPACK, or None where it does not find them beyond doubt."""
-    from scipy.sparse.linalg import ArpackError
+    """The `rank` largest pairs of A, or None where they are not found within `STEPS`.
 
-    def whitened(x: np.ndarray) -> np.ndarray:
-        columns = torch.from_numpy(x.reshape(d, -1)).to(moments.like)
-        return whitening.back(moments.product(whitening.out(columns))).cpu().numpy().reshape(x.shape)
+    Block Lanczos with its whole basis kept and orthogonalised (Golub and Underwood, 1977), from a random block (Musco
+    and Musco, 2015): a block reads the matrices once, as a vector would, and since it is wider than the rank, no copy
+    of an eigenvalue of which there are several can be missed.
+    """
+    d, width = len(moments.like), rank + WIDER
+    most = min(STEPS, moments.size // width)
+    basis = moments.like.new_empty((most + 1) * width, d)
+    projected = torch.zeros(most * width, most * width, dtype=torch.float64)  # Q^T A Q; small, so on the CPU
+    start = torch.randn(d, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis[:width] = torch.linalg.qr(start.to(moments.like))[0].mT
+    for step in range(1, most + 1):
+        n = step * width
+        last = basis[n - width : n].mT.contiguous()  # products with contiguous columns are far faster
+        image = whitening.back(moments.product(whitening.out(last)))
+        inside, outside, coupling = _split(image, basis[:n])
+        basis[n : n + width] = outside.mT
+        projected[:n, n - width : n] = inside
+        if step % (1 + step // SELDOM) and step < most:
+            continue
+        pairs = _converged(projected[:n, :n], coupling.cpu(), rank)
+        if pairs is not None:
+            values, vectors = (found.to(moments.like) for found in pairs)
+            return values, basis[:n].mT @ vectors
+    return None
 
-    def rest(x: np.ndarray) -> np.ndarray:
-        return whitened(x) - vectors @ (values * (vectors.T @ x))
 
-    d, generator = len(moments.like), np.random.default_rng(0)
-    try:
-        values, vectors = _arpack(whitened, rank, generator.standard_normal(d), TOLERANCE)
-        # Lanczos may find one copy of an eigenvalue that there are several of; then one as large is left.
-        missed, _ = _arpack(rest, 1, generator.standard_normal(d), MISSED, ncv=12)
-    except ArpackError:  # no convergence, or a matrix of zeros
-        return None
-    residuals = np.linalg.norm(whitened(vectors) - vectors * values, axis=0)
-    if residuals.max() > max(RESIDUAL * values[0], ROUNDING * values[-1]) or missed[0] > (1 + MISSED) * values[0]:
-        return None
-    pairs = (torch.from_numpy(found.copy()).to(moments.like) for found in (values[::-1], vectors[:, ::-1]))
-    return tuple(pairs)
+def _split(image: torch.Tensor, basis: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``image = Q^T inside + outside coupling``, Q (n, d) and outside (d, b) orthonormal, and to each other."""
+    inside = basis @ image
+    outside, coupling = torch.linalg.qr(image - basis.mT @ inside)
+    # Twice is enough. Only now, because columns that vanish become noise of length 1, which lies in the basis too.
+    again = basis @ outside
+    outside, second = torch.linalg.qr(outside - basis.mT @ again)
+    return inside + again @ coupling, outside, second @ coupling
 
 
-def _arpack(
-    product: Callable, rank: int, start: np.ndarray, tolerance: float, ncv: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Values in increasing order, and vectors."""
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    operator = LinearOperator((len(start), len(start)), matvec=product, matmat=product, dtype=start.dtype)
-    return eigsh(operator, rank, which="LA", v0=start, ncv=ncv, tol=tolerance, maxiter=RESTARTS)
+def _converged(projected: torch.Tensor, coupling: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The leading pairs of ``Q^T A Q``, largest first, if as pairs of A they leave small enough residuals."""
+    # Not scipy's, for a few pairs: its threads go on spinning, and take the cores from torch's.
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(projected, UPLO="U"))
+    residual = torch.linalg.matrix_norm(coupling @ vectors[-len(coupling) :, :rank])
+    allowed = max(ANGLE * (values[rank - 1] - values[rank]), TOLERANCE * values[rank - 1], ROUNDING * values[0])
+    return (values[:rank], vectors[:, :rank]) if residual <= allowed else None

@@ -1,11 +1,14 @@
-"""How the cost of a fit grows with prompts, width, rank, and repaired layers: ``python benchmarks/fit_scaling.py``.
+"""How a fit's cost grows with prompts, width, rank, layers and processes: ``python benchmarks/fit_scaling.py``.
 
 Of a LLaVA of random weights, 12 decoder layers, under the recipe "paper": collecting, and solving, over the plain
-forward of the same prompts, timed in turns in one run; one thing is varied at a time. ``--figure`` draws them.
+forward of the same prompts, timed in turns in one run; one thing is varied at a time. Processes (gloo) have one thread
+each, and so has then the forward, which one of them makes alone. ``--figure`` draws them.
 """
 
 import argparse
 import copy
+import json
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from statistics import median
 
 import torch
 import transformers
+from torch import distributed, multiprocessing
 from transformers import LlavaForConditionalGeneration
 from transformers.utils import logging
 
@@ -27,6 +31,7 @@ from care_hf.testbed.prompts import fit_prompts
 DEPTH, BATCH = 12, 16
 USUAL = {"prompts": 64, "width": 256, "rank": 8, "layers": 2}
 VARIED = {"prompts": (32, 64, 128, 256), "width": (128, 256, 512), "rank": (2, 8, 32), "layers": (1, 2, 4, 8)}
+PROCESSES = (1, 2)
 COLUMNS = ("varied", "value", "forward s", "collect / forward", "solve / forward", "least to most")
 
 
@@ -64,9 +69,13 @@ def measure(processor, config, rounds: int, prompts: int, width: int, rank: int,
     first = DEPTH // 2 - layers // 2
     sites = tuple(f"{layer}.ffn" for layer in range(first, first + layers))
     recipe = Recipe.load("paper").replace(rank=rank, sites=sites, batch_size=BATCH)
-    rows = []
+    rows, several = [], distributed.is_initialized()
     for _ in range(rounds + 1):
-        plain, _ = seconds(lambda: forward(model, processor, chosen))
+        plain = 1.0
+        if not several or distributed.get_rank() == 0:
+            plain, _ = seconds(lambda: forward(model, processor, chosen))
+        if several:
+            distributed.barrier()
         collecting, statistics = seconds(lambda: collect(model, processor=processor, recipe=recipe, **chosen))
         solving, _ = seconds(lambda s=statistics: s.solve(recipe))
         rows.append((plain, collecting / plain, solving / plain))
@@ -79,6 +88,26 @@ def measure(processor, config, rounds: int, prompts: int, width: int, rank: int,
     }
 
 
+def measure_together(rank: int, count: int, rounds: int, folder: str) -> None:
+    """`measure` the usual setting in one of `count` processes; the first writes what it found to `folder`."""
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+    testbed, processor = load_testbed()
+    found = measure(processor, testbed.config, rounds, **USUAL)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def measure_processes(count: int, rounds: int) -> dict[str, str]:
+    """`measure` in `count` processes."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(measure_together, (count, rounds, folder), nprocs=count)
+        return json.loads(Path(folder, "found.json").read_text())
+
+
 def draw(rows: list[dict], path: Path) -> None:
     """Seconds of a fit against what is varied, both in steps of two; a dotted line grows in proportion."""
     import matplotlib
@@ -86,14 +115,16 @@ def draw(rows: list[dict], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(VARIED), figsize=(3 * len(VARIED), 3), layout="constrained", sharey=True)
-    for axis, name in zip(axes, VARIED, strict=True):
+    names = [*VARIED, "processes"]
+    figure, axes = pyplot.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained", sharey=True)
+    for axis, name in zip(axes, names, strict=True):
         mine = [row for row in rows if row["varied"] == name]
         values, plain = [row["value"] for row in mine], [float(row["forward s"]) for row in mine]
         for label, style in (("collect / forward", "o-"), ("solve / forward", "s--")):
             cost = [t * float(row[label]) for t, row in zip(plain, mine, strict=True)]
             axis.plot(values, cost, style, color="black", label=label.split()[0])
-        axis.plot(values, [plain[0] * v / values[0] for v in values], ":", color="grey", label="in proportion")
+        growth = [values[0] / v if name == "processes" else v / values[0] for v in values]
+        axis.plot(values, [plain[0] * by for by in growth], ":", color="grey", label="in proportion")
         axis.set(xscale="log", yscale="log", xlabel=name, xticks=values, xticklabels=values)
         axis.minorticks_off()
     axes[0].set_ylabel("seconds")
@@ -115,9 +146,12 @@ def main() -> None:
     )
     print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
     rows = []
-    for name, values in VARIED.items():
+    for name, values in {**VARIED, "processes": PROCESSES}.items():
         for value in values:
-            found = measure(processor, testbed.config, arguments.rounds, **{**USUAL, name: value})
+            if name == "processes":
+                found = measure_processes(value, arguments.rounds)
+            else:
+                found = measure(processor, testbed.config, arguments.rounds, **{**USUAL, name: value})
             rows.append({"varied": name, "value": value, **found})
             print(f"| {' | '.join(str(rows[-1][column]) for column in COLUMNS)} |", flush=True)
     if arguments.figure:

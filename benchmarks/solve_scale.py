@@ -2,9 +2,9 @@
 
 Times `linalg.generalized_eigh` on matrices, or `subspace.fit_subspace` on rows where tokens < d, in turns with
 `scipy.linalg.eigh(C_m, C_b)`, in the same process on the same cores, and compares spans and residuals. Of every
-solver its best round counts, by the clock and by the processor time of all threads, which hardly depends on what else
-the machine does. A process of its own finds how far `fit_subspace` raises the peak resident memory over that of the
-imports, the moments that it is given included. ``--device cuda`` puts all but scipy there.
+solver its best round counts, by the clock and by the processor time of all threads. A process of its own finds how far
+`fit_subspace` raises the peak resident memory over that of the imports, the moments that it is given included.
+``--device cuda`` puts all but scipy there.
 """
 
 import argparse
@@ -166,8 +166,9 @@ def peak(d: int, spectrum: str, tokens: int, device: str) -> dict:
     scipy.linalg.eigh(np.eye(4))
     importlib.import_module("scipy.sparse.linalg")  # loaded once, no part of the solution
 
-    # What an allocator or a thread pool keeps is no matrix.
-    fit_subspace(**moments(64, spectrum, 80, device), rank=4, shrinkage=RIDGE)
+    # What an allocator, a thread pool or BLAS keeps is no matrix.
+    fit_subspace(**moments(1024, spectrum, 1280, device), rank=RANK, shrinkage=RIDGE)
+    ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     kept = moments(d, spectrum, tokens, device)
     ctypes.CDLL(None).malloc_trim(0)
@@ -241,10 +242,9 @@ def row(index: int, arguments: argparse.Namespace) -> str:
 
 
 def measured(what: str, index: int, arguments: argparse.Namespace) -> dict:
-    # Threads that wait should not count as work.
     run = [sys.executable, __file__, "--one", what, str(index), "--device", arguments.device]
     run += ["--threads", str(arguments.threads)]
-    settings = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "OPENBLAS_NUM_THREADS": str(arguments.threads)}
+    settings = {"OPENBLAS_NUM_THREADS": str(arguments.threads)}
     done = subprocess.run(run, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | settings)
     return json.loads(done.stdout.splitlines()[-1])
 

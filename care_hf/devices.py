@@ -29,14 +29,19 @@ def is_spread(model: nn.Module) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FullyShardedDataParallel
+
+    # What transformers shares out by tensors need not all be DTensors; DeepSpeed marks what it shares out with an id.
+    wrapped = any(
+        isinstance(module, FullyShardedDataParallel) or (getattr(module, "_tp_size", None) or 1) > 1
+        for module in model.modules()
+    )
+    return wrapped or any(is_shared_out(p) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def is_shared_out(tensor: torch.Tensor | None) -> bool:
+    """Whether several processes have a part each of a tensor."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
     from torch.distributed.tensor import DTensor
 
-    # What transformers shares out need not all be DTensors; DeepSpeed marks what it shares out with an id.
-    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    shared = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
-    return wrapped or shared or is_split_by_tensors(model)
-
-
-def is_split_by_tensors(model: nn.Module) -> bool:
-    """Whether every process computes but its part of each layer: the units of an FFN, some attention heads."""
-    return any((getattr(module, "_tp_size", None) or 1) > 1 for module in model.modules())
+    return isinstance(tensor, DTensor)

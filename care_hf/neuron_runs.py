@@ -10,7 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .contrasts import Contrast
-from .devices import input_device, is_split_by_tensors
+from .devices import input_device, is_shared_out
 from .samples import Samples, batches, collate
 from .sites import FFN_NAMES, decoder_layers, hidden_size, image_token_ids
 
@@ -29,14 +29,8 @@ def down_projection(model: nn.Module, layer: int) -> nn.Module:
     Any module with `in_features` and `out_features` counts as linear: those of quantised models are of many classes.
 
     Raises:
-        ValueError: the model has no such layer, or its FFN no single such module, as a mixture of experts; or units are
-            shared out to processes.
+        ValueError: the model has no such layer, or its FFN no single such module, as a mixture of experts.
     """
-    if is_split_by_tensors(model):
-        raise ValueError(
-            f"Every process has but its part of the FFN units of this {type(model).__name__}; load it without tensor "
-            "parallelism (device_map='auto', if one device does not hold it)."
-        )
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer={layer}: the model has {len(layers)} decoder layers (0 to {len(layers) - 1}).")
@@ -53,16 +47,58 @@ def down_projection(model: nn.Module, layer: int) -> nn.Module:
     )
 
 
+class UnitShare:
+    """The units of one down projection that are in this process: all, or under tensor parallelism a part."""
+
+    def __init__(self, projection: nn.Module):
+        self.units, self.mesh = projection.in_features, None
+        self.start, self.count = 0, self.units
+        weight = getattr(projection, "weight", None)
+        if is_shared_out(weight) and [placement.is_shard(1) for placement in weight.placements] == [True]:
+            self.mesh = weight.device_mesh
+            most = -(-self.units // self.mesh.size())  # how DTensors are cut: the last part may be shorter
+            self.start = min(self.mesh.get_local_rank() * most, self.units)
+            self.count = min(most, self.units - self.start)
+
+    def check(self, layer: int, a: torch.Tensor) -> None:
+        """Assert that these are the units of `layer` that are here.
+
+        Raises:
+            ValueError: there are more or fewer.
+        """
+        if a.shape[-1] != self.count:
+            raise ValueError(
+                f"Layer {layer} has {a.shape[-1]} of its {self.units} FFN units in this process, not the {self.count} "
+                "that its weight tells of; load the model without sharing it out in that way (device_map='auto', if "
+                "one device does not hold it)."
+            )
+
+    def own(self, values: torch.Tensor) -> torch.Tensor:
+        """Of values of all units, (units,) or () for all of them, those that are here."""
+        return values.expand(self.units)[self.start : self.start + self.count]
+
+    def whole(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (units,) of all units, on the CPU, of those that are here, (count,)."""
+        if self.mesh is None:
+            return values
+        from torch.distributed.tensor import DTensor, Shard
+
+        local = values.to(self.mesh.device_type)
+        shared = DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=(self.units,), stride=(1,))
+        return shared.full_tensor().cpu()
+
+
 class UnitRuns:
     """Forwards of one model that read or replace the units of some of its layers."""
 
     def __init__(self, model: nn.Module, processor, layers: Sequence[int], batch_size: int):
         self.model, self.processor, self.layers, self.batch_size = model, processor, layers, batch_size
+        self.shares = {layer: UnitShare(down_projection(model, layer)) for layer in layers}
 
     @torch.no_grad()
     def means(self, prompts: Samples) -> References:
         """The mean of every unit over all prompt tokens, padding excluded; float64 (units,) on the CPU."""
-        sums, count = dict.fromkeys(self.layers, 0.0), 0
+        sums, count = dict.fromkeys(self.layers, 0.0), 0  # of the units that are here
         for inputs, mask in self._inputs(prompts, "Benign means"):
 
             def add(layer, a, mask=mask):
@@ -70,7 +106,7 @@ class UnitRuns:
 
             self._logits(inputs, add)
             count += int(mask.sum())
-        return {layer: total / count for layer, total in sums.items()}
+        return {layer: self.shares[layer].whole(total / count) for layer, total in sums.items()}
 
     @torch.enable_grad()
     def estimates(self, prompts: Samples, contrast: Contrast, references: References):
@@ -79,7 +115,7 @@ class UnitRuns:
         for inputs, mask in self._inputs(prompts, "Attribution patching"):
 
             def add(layer, a, gradient, mask=mask):
-                change = (references[layer].to(_wide(a)) - _wide(a)) * _wide(gradient)
+                change = (self.shares[layer].own(references[layer]).to(_wide(a)) - _wide(a)) * _wide(gradient)
                 # Padding has no gradient, but where nothing may be attended to its values need not be finite.
                 change = change.reshape(*mask.shape, -1).masked_fill(~mask.to(a.device)[..., None], 0)
                 totals[layer] = totals[layer] + change.sum((0, 1)).cpu().double()
@@ -95,7 +131,8 @@ class UnitRuns:
             outcome.sum().backward()
             outcomes.append(outcome.detach().cpu().double())
         n = len(prompts)
-        return {layer: (total / n).float() for layer, total in totals.items()}, float(torch.cat(outcomes).mean())
+        whole = {layer: self.shares[layer].whole(total / n).float() for layer, total in totals.items()}
+        return whole, float(torch.cat(outcomes).mean())
 
     @torch.no_grad()
     def effects(self, prompts: Samples, contrast: Contrast, references: References, units: Sequence[Unit]):
@@ -110,7 +147,7 @@ class UnitRuns:
             # Whatever a processor gives, images and patches too, are the prompts' one after another.
             tiled = {name: value.repeat(copies, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
             found = [
-                contrast.log_odds(self._logits(tiled, _ablation(part, mask, references)))
+                contrast.log_odds(self._logits(tiled, _ablation(part, mask, references, self.shares)))
                 for part in batches(slots, copies)
             ]
             found = torch.cat(found).cpu().double().reshape(-1, len(mask))
@@ -127,7 +164,11 @@ class UnitRuns:
             yield inputs, inputs["attention_mask"].bool()
 
     def _logits(self, inputs, use) -> torch.Tensor:
-        with _hidden_units(self.model, self.layers, use) as seen:
+        def checked(layer, a):
+            self.shares[layer].check(layer, a)
+            return use(layer, a)
+
+        with _hidden_units(self.model, self.layers, checked) as seen:
             logits = self.model(**inputs, use_cache=False).logits[:, -1]
         idle = sorted(set(self.layers) - seen)
         if idle:
@@ -158,7 +199,9 @@ def _hidden_units(model: nn.Module, layers: Sequence[int], use: Use) -> Iterator
             handle.remove()
 
 
-def _ablation(units: Sequence[Unit | None], mask: torch.Tensor, references: References) -> Use:
+def _ablation(
+    units: Sequence[Unit | None], mask: torch.Tensor, references: References, shares: Mapping[int, UnitShare]
+) -> Use:
     """Ablates `units`, each in its own copy of the batch, at the tokens of `mask`, bool (B, S)."""
 
     def ablate(layer, a):
@@ -166,9 +209,12 @@ def _ablation(units: Sequence[Unit | None], mask: torch.Tensor, references: Refe
         if not rows:
             return None
         changed = a.reshape(len(units), *mask.shape, -1).clone()
-        reference = references[layer].to(a).expand(changed.shape[-1])
+        share = shares[layer]
+        reference = share.own(references[layer]).to(a)
         for row, (_, unit) in rows:
-            changed[row, ..., unit].masked_fill_(mask.to(a.device), reference[unit])
+            here = unit - share.start
+            if 0 <= here < share.count:
+                changed[row, ..., here].masked_fill_(mask.to(a.device), reference[here])
         return changed.reshape(a.shape)
 
     return ablate

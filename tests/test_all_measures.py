@@ -1,4 +1,4 @@
-"""Fit, diagnose and evaluate on models that are offloaded or shared out by tensors, against the model in one piece."""
+"""Fit, diagnose and evaluate on models that are offloaded or shared out, against the model in one piece."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def close(found, expected, tolerance=1e-6):
         assert found == expected
 
 
-def assert_same(found, plain, left_out=()):
+def assert_same(found, plain):
     for name, expected in plain["fits"].items():
         tensors, others = found["fits"][name]["tensors"], expected["tensors"]
         assert tensors.keys() == others.keys() and found["fits"][name]["told"] == expected["told"]
@@ -70,9 +70,11 @@ def assert_same(found, plain, left_out=()):
                 assert scipy.linalg.subspace_angles(*bases).max() < 1e-6, (name, key)
             else:
                 torch.testing.assert_close(tensors[key], tensor, rtol=1e-5, atol=1e-5)
-    assert tuple(found["diagnosis"]["left out"]) == left_out and not plain["diagnosis"]["left out"]
-    for part in {"trace", "mediation", "neurons"} - set(left_out):
+    assert not found["diagnosis"]["left out"] and not plain["diagnosis"]["left out"]
+    for part in ("trace", "mediation", "neurons"):
         close(found["diagnosis"][part].to_dict(), plain["diagnosis"][part].to_dict(), 1e-4)
+    estimates = (diagnosis["neurons"].estimates for diagnosis in (found["diagnosis"], plain["diagnosis"]))
+    torch.testing.assert_close(*estimates, rtol=1e-4, atol=1e-6)
     close(found["evaluation"], plain["evaluation"])
 
 
@@ -90,19 +92,19 @@ def test_an_offloaded_model_is_fitted_diagnosed_and_evaluated_like_a_whole_one(f
     assert {name for name, weight in model.named_parameters() if weight.is_meta} == away
 
 
-def test_a_model_shared_out_by_tensors_is_fitted_diagnosed_and_evaluated_like_a_whole_one(folder, plain, tmp_path):
+@pytest.mark.parametrize("how", ["tp_size", "fsdp_size"])
+def test_a_model_that_is_shared_out_is_fitted_diagnosed_and_evaluated_like_a_whole_one(folder, plain, tmp_path, how):
     here = Path(__file__).parent
     paths = os.pathsep.join(filter(None, [str(here.parent), str(here), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [here / "all_measures.py", folder, tmp_path]
+    command += [here / "all_measures.py", folder, tmp_path, how]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for found in results:
         assert found["held"][f"{LAYERS}.1.mlp.down_proj.weight"] == 0.5
-        assert_same(found, plain, left_out=("neurons",))  # no process has all of them
-        assert "has but its part of the FFN units" in found["diagnosis"]["left out"]["neurons"]
+        assert_same(found, plain)
     # All ran all prompts, and one kept what all had.
     assert sorted(path.name for path in tmp_path.glob("*.kept")) == ["gated.kept", "paper.kept"]
     for name in ("gated", "paper"):

@@ -1,6 +1,6 @@
 """What everything costs, as ratios: ``python benchmarks/all_costs.py`` renews docs/results/costs.md.
 
-Each measures both sides of its ratio in turns in one run. Some 15 minutes on 2 idle cores; ``--only`` runs one part
+Each measures both sides of its ratio in turns in one run. Some 30 minutes on 2 idle cores; ``--only`` runs one part
 and keeps the others as they are.
 """
 
@@ -22,31 +22,41 @@ PARTS = {
         "A forward of the repaired model over the base's",
         "One decoder layer of a 7B model (4096, 11008) in a LLaVA. `merged`: one subspace folded into the weights; "
         "`lora`: PEFT's adapter of equal rank on the same linear layer; `hook`: a plain forward hook that projects.",
-        "repair_cost.py --rounds 5 --dtypes float32 --repairs gated adaptive merged lora hook".split(),
+        "repair_cost.py --rounds 15 --dtypes float32 --repairs gated adaptive merged lora hook".split(),
     ),
     "fit": (
         "A fit over the plain forward of its prompts",
         "![growth](costs.png)",
         "fit_scaling.py --rounds 3 --figure docs/results/costs.png".split(),
     ),
+    "collect": (
+        "Collecting, with the forward ended early, over a plain forward",
+        "n = 10 rounds; more of them, and what is in them, in [collect.md](collect.md).",
+        "collect_cost.py --rounds 10".split(),
+    ),
+    "solve": (
+        "Solving, against scipy",
+        "What the columns and spectra are, and d = 8192: [solve.md](solve.md).",
+        "solve_scale.py --largest 4096".split(),
+    ),
     "trace": ("A causal trace over the loop that one would write", "", "trace_speed.py --n 4 --rounds 1".split()),
     "start": ("Starting", "", ["import_time.py"]),
 }
 ELSEWHERE = (
-    "Collecting with the forward ended early: [collect.md](collect.md). Solving at d up to 8192 against scipy: "
-    "[solve.md](solve.md). Every repair, single rows, intervals: [repair_cost.md](repair_cost.md). Memory of a merge: "
-    "[merge.md](merge.md). Not measured on a GPU."
-)  # fmt: skip
+    "Every repair, in bfloat16, too: [repair_cost.md](repair_cost.md). Memory of a merge: [merge.md](merge.md). Not "
+    "measured on a GPU."
+)
 
 
 def run(arguments: list[str]) -> str:
-    """What a benchmark prints."""
+    """What a benchmark prints, as Markdown."""
     script, *rest = arguments
     command = [sys.executable, str(ROOT / "benchmarks" / script), *rest]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if finished.returncode:
         raise RuntimeError(f"{script} failed:\n{finished.stderr}")
-    return finished.stdout.strip()
+    told = finished.stdout.strip()
+    return told if "| --- |" in told else f"```\n{told}\n```"
 
 
 def section(name: str) -> str:

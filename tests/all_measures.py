@@ -1,5 +1,5 @@
-"""Fit, diagnose and evaluate once over, for models that lie in several places; ``all_measures.py MODEL FOLDER HOW`` in
-every process of a model that is shared out by tensors ("tp_size") or by FSDP 2 ("fsdp_size").
+"""Fit, diagnose and evaluate once over, for models that lie in several places; ``all_measures.py MODEL FOLDER`` does so
+in every process with the model shared out by tensors.
 
 What comes out goes to FOLDER, in one file for each process.
 """
@@ -84,14 +84,14 @@ def all_of(model, processor, **files):
     }
 
 
-def main(source, folder, how):
-    """All of it on a model that is shared out."""
+def main(source, folder):
+    """All of it on a model that is shared out by tensors."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     from transformers.distributed import DistributedConfig
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
-    config = DistributedConfig(**{how: distributed.get_world_size()})
+    config = DistributedConfig(tp_size=distributed.get_world_size())
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float64, distributed_config=config).eval()
     found = all_of(model, AutoProcessor.from_pretrained(source), folder=folder)
     held = {name: p.to_local().numel() / p.numel() for name, p in model.named_parameters() if hasattr(p, "to_local")}

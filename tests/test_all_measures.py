@@ -1,4 +1,4 @@
-"""Fit, diagnose and evaluate on models that are offloaded or shared out, against the model in one piece."""
+"""Fit, diagnose and evaluate on models that are offloaded or shared out by tensors, against the model in one piece."""
 
 import copy
 import json
@@ -92,12 +92,11 @@ def test_an_offloaded_model_is_fitted_diagnosed_and_evaluated_like_a_whole_one(f
     assert {name for name, weight in model.named_parameters() if weight.is_meta} == away
 
 
-@pytest.mark.parametrize("how", ["tp_size", "fsdp_size"])
-def test_a_model_that_is_shared_out_is_fitted_diagnosed_and_evaluated_like_a_whole_one(folder, plain, tmp_path, how):
+def test_a_model_shared_out_by_tensors_is_fitted_diagnosed_and_evaluated_like_a_whole_one(folder, plain, tmp_path):
     here = Path(__file__).parent
     paths = os.pathsep.join(filter(None, [str(here.parent), str(here), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [here / "all_measures.py", folder, tmp_path, how]
+    command += [here / "all_measures.py", folder, tmp_path]
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr

@@ -1,6 +1,6 @@
 """What everything costs, as ratios: ``python benchmarks/all_costs.py`` renews docs/results/costs.md.
 
-Each measures both sides of its ratio in turns in one run. Some 30 minutes on 2 idle cores; ``--only`` runs one part
+Each measures both sides of its ratio in turns in one run. Some 30 minutes on 2 idle cores; ``--only`` runs some parts
 and keeps the others as they are.
 """
 
@@ -65,18 +65,26 @@ def section(name: str) -> str:
     return "\n\n".join(part for part in (f"## {title}", told, shown, run(command)) if part)
 
 
+def written() -> dict[str, str]:
+    """The page's sections by their titles."""
+    if not PAGE.exists():
+        return {}
+    found = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)[1:]
+    return {text.splitlines()[0]: f"## {text.strip()}" for text in found}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=PARTS)
-    only = parser.parse_args().only
-    kept = re.split(r"^(?=## )", PAGE.read_text(), flags=re.MULTILINE)[1:] if only else []
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     machine = f"{os.cpu_count()} cores ({platform.machine()}), torch {torch.__version__}, "
     machine += f"transformers {transformers.__version__}, no GPU"
-    pages = [f"# What it costs\n\nRenewed by `python benchmarks/all_costs.py` on {machine}. {ELSEWHERE}"]
-    for index, name in enumerate(PARTS):
-        pages.append(kept[index].strip() if only and name != only else section(name))
-        print(pages[-1], flush=True)
-    PAGE.write_text("\n\n".join(pages) + "\n")
+    head = f"# What it costs\n\nRenewed by `python benchmarks/all_costs.py` on {machine}. {ELSEWHERE}"
+    for name in parser.parse_args().only:
+        new = section(name)
+        print(new, flush=True)
+        sections = written() | {PARTS[name][0]: new}  # at once: a later part may fail
+        ordered = [sections[title] for title, *_ in PARTS.values() if title in sections]
+        PAGE.write_text("\n\n".join([head, *ordered]) + "\n")
 
 
 if __name__ == "__main__":

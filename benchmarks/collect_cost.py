@@ -78,7 +78,7 @@ def main() -> None:
         recipe = Recipe.load("paper").replace(layers=(layer,), rank=8)
         collector = _Collector(model, processor, recipe, [Site(layer, recipe.component)])
         for part in parts:
-            found = collector.read("benign", [samples[i] for i in part], [samples.digests[i] for i in part])
+            found = collector.read("benign", part.start, [samples[i] for i in part], [samples.digests[i] for i in part])
             collector.keep("benign", found)
 
     batch = collate(processor, [samples[i] for i in parts[0]], image_tokens)

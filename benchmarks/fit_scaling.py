@@ -2,7 +2,7 @@
 
 Of a LLaVA of random weights, 12 decoder layers, under the recipe "paper": collecting, and solving, over the plain
 forward of the same prompts, timed in turns in one run; one thing is varied at a time. Processes (gloo) have one thread
-each, and so has then the forward, which one of them makes alone. ``--figure`` draws them.
+each, and so has then the forward, which one of them makes alone; they have the most prompts. ``--figure`` draws them.
 """
 
 import argparse
@@ -89,12 +89,12 @@ def measure(processor, config, rounds: int, prompts: int, width: int, rank: int,
 
 
 def measure_together(rank: int, count: int, rounds: int, folder: str) -> None:
-    """`measure` the usual setting in one of `count` processes; the first writes what it found to `folder`."""
+    """`measure` the most prompts in one of `count` processes; the first writes what it found to `folder`."""
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
     testbed, processor = load_testbed()
-    found = measure(processor, testbed.config, rounds, **USUAL)
+    found = measure(processor, testbed.config, rounds, **{**USUAL, "prompts": VARIED["prompts"][-1]})
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     distributed.barrier()

@@ -13,7 +13,7 @@ WIDER = 8  # by how much a block is wider than the rank: the gap that counts for
 STEPS = 40  # blocks at most; about then the whole decomposition is as fast
 SELDOM = 12  # steps after which not each is followed by a look at what was found, which takes longer and longer
 ANGLE = 1e-5  # between the span and the exact one, at most, by the bound of Davis and Kahan
-TOLERANCE = 1e-8  # relative to the smallest eigenvalue wanted: is enough where the next is too close to mean a span
+TOLERANCE = 1e-8  # relative to the smallest eigenvalue wanted: suffices where the next is as good as equal to it
 ROUNDING = 1e-13  # relative to the largest eigenvalue: no decomposition leaves smaller residuals
 
 
@@ -135,8 +135,9 @@ class RowsWhitening:
 def leading_pairs(moments: Moments, whitening: Whitening, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest solutions of ``C_m u = lambda C_b u``.
 
-    Of large problems a block Krylov space is searched, begun with fixed random columns; what it finds is checked. Small
-    ones, and those on which it fails, are decomposed whole, for which some d x d matrices more are made.
+    Of large problems a block Krylov space is searched, begun with fixed random columns, until the span is within
+    `ANGLE`. Small ones, and those on which that fails, are decomposed whole, for which some d x d matrices more are
+    made.
 
     Args:
         moments: C_m.

@@ -56,9 +56,9 @@ class UnitShare:
         weight = getattr(projection, "weight", None)
         if is_shared_out(weight) and [placement.is_shard(1) for placement in weight.placements] == [True]:
             self.mesh = weight.device_mesh
-            most = -(-self.units // self.mesh.size())  # how DTensors are cut: the last part may be shorter
+            self.count = weight.to_local().shape[1]
+            most = -(-self.units // self.mesh.size())  # how DTensors are cut: the last parts may be shorter
             self.start = min(self.mesh.get_local_rank() * most, self.units)
-            self.count = min(most, self.units - self.start)
 
     def check(self, layer: int, a: torch.Tensor) -> None:
         """Assert that these are the units of `layer` that are here.

@@ -1,6 +1,6 @@
 """What everything costs, as ratios: ``python benchmarks/all_costs.py`` renews docs/results/costs.md.
 
-Each measures both sides of its ratio in turns in one run. Some 30 minutes on 2 idle cores; ``--only`` runs some parts
+Each measures both sides of its ratio in turns in one run. Some 25 minutes on 2 idle cores; ``--only`` runs some parts
 and keeps the others as they are.
 """
 
@@ -36,8 +36,8 @@ PARTS = {
     ),
     "solve": (
         "Solving, against scipy",
-        "What the columns and spectra are, and d = 8192: [solve.md](solve.md).",
-        "solve_scale.py --largest 4096".split(),
+        "What the columns and spectra are, and d = 4096 and 8192: [solve.md](solve.md).",
+        "solve_scale.py --largest 2048".split(),
     ),
     "trace": ("A causal trace over the loop that one would write", "", "trace_speed.py --n 4 --rounds 1".split()),
     "start": ("Starting", "", ["import_time.py"]),

@@ -4,7 +4,7 @@ Times `linalg.generalized_eigh` on matrices, or `subspace.fit_subspace` on rows 
 `scipy.linalg.eigh(C_m, C_b)`, in the same process on the same cores, and compares spans and residuals. Of every
 solver its best round counts, by the clock and by the processor time of all threads. A process of its own finds how far
 `fit_subspace` raises the peak resident memory over that of the imports, the moments that it is given included.
-``--device cuda`` puts all but scipy there.
+``--device cuda`` puts all but scipy there; ``--testbed`` prints the eigenvalues that two of the spectra are made after.
 """
 
 import argparse
@@ -29,11 +29,14 @@ from care_hf.subspace import fit_subspace
 
 RANK, CHUNK, RIDGE = 16, 1024, 0.02
 DRIVERS = {"full": "gvd, its default", "subset": "gvx, subset_by_index"}
+FALLS = {"falling": (93, 62, 0.94), "flat": (20, 9.4, 0.56)}  # eigenvalues: the first, the second, then a power
 CASES = [  # d, spectrum, tokens of each class (0: matrices of given eigenvalues), drivers of scipy
     (1024, "falling", 1280, "full subset"),
     (2048, "falling", 2560, "full subset"),
     (4096, "falling", 5120, "full subset"),
     (8192, "falling", 10240, "full subset"),
+    (2048, "flat", 2560, "full subset"),
+    (4096, "flat", 5120, "full subset"),
     (1024, "noise", 1280, "full subset"),
     (2048, "noise", 2560, "full subset"),
     (4096, "noise", 5120, "full subset"),
@@ -46,16 +49,16 @@ CASES = [  # d, spectrum, tokens of each class (0: matrices of given eigenvalues
     (4096, "falling", 1500, "full subset"),
     (4096, "falling", 4000, "full subset"),
     (8192, "falling", 1500, ""),
-    (8192, "falling", 8000, ""),
 ]
 
 
 def moments(d: int, spectrum: str, tokens: int, device: str) -> dict[str, RunningCovariance]:
     """Moments of synthetic activations, whose variances fall as 1 / i; the classes differ by `spectrum`.
 
-    "falling": in all directions, by variances that fall as those of the testbed do, whose eigenvalues at an FFN were
-    539, 30, 18, ... 2.7 (16th), 1.1 (24th), ... 0.4 (40th). "noise": in twelve directions and by a shift of the mean
-    alone, so that of k = 16 the last are sampling noise, hardly apart from the next. "alike": by chance.
+    "falling" and "flat": in all directions, by variances that fall as the testbed's do at its FFNs under the recipe
+    "paper", for visual tokens (93, 62, 34, ... 8.8 the 16th, 5.0 the 25th, 2.2 the 40th) or text (20, 9.4, 8.6, ...
+    2.9, 2.1, 1.3). "noise": in twelve directions and by a shift of the mean alone, so that of k = 16 the last are
+    sampling noise, hardly apart from the next. "alike": by chance.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -64,16 +67,19 @@ def moments(d: int, spectrum: str, tokens: int, device: str) -> dict[str, Runnin
 
     scale = torch.arange(1, d + 1).rsqrt()
     shift, directions = normal(d) * scale / 2, normal(12, d) * scale * torch.logspace(0, -1, 12)[:, None]
-    fall, signs = (30 * (2 / torch.arange(1, d + 1)) ** 1.16).sqrt(), normal(d).sign()
-    fall[0] = 539**0.5
+    signs = normal(d).sign()
     found = {}
     for name in ("benign", "malicious"):
         found[name] = RunningCovariance(d)
         for start in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - start)
             chunk = normal(count, d)
-            if name == "malicious" and spectrum == "falling":  # turned, so that no axis is an eigenvector
-                chunk = torch.from_numpy(scipy.fft.dct((chunk * fall * signs).numpy(), norm="ortho"))
+            if name == "malicious" and spectrum in FALLS:
+                first, second, power = FALLS[spectrum]
+                variances = second * (2 / torch.arange(1, d + 1)) ** power
+                variances[0] = first
+                # Turned, so that no axis is an eigenvector.
+                chunk = torch.from_numpy(scipy.fft.dct((chunk * variances.sqrt() * signs).numpy(), norm="ortho"))
             chunk *= scale
             if name == "malicious" and spectrum == "noise":
                 chunk += shift + normal(count, 12) @ directions
@@ -199,9 +205,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--largest", type=int, default=8192, help="leave out what has a larger d")
+    parser.add_argument("--spectra", nargs="+", default={spectrum for _, spectrum, *_ in CASES})
+    parser.add_argument("--testbed", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "CASE"), help="a single measurement, in this process")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.testbed:
+        testbed_eigenvalues()
+        return
     if arguments.one:
         what, (d, spectrum, tokens, drivers) = arguments.one[0], CASES[int(arguments.one[1])]
         device = arguments.device
@@ -218,9 +229,26 @@ def main() -> None:
     heads += [f"scipy ({name}) / ours (CPU)" for name in DRIVERS.values()]
     heads += ["largest angle", "residual (scipy's)", "peak, d x d (given)"]
     print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
-    for index, (d, *_) in enumerate(CASES):
-        if d <= arguments.largest:
+    for index, (d, spectrum, *_) in enumerate(CASES):
+        if d <= arguments.largest and spectrum in arguments.spectra:
             print(row(index, arguments), flush=True)
+
+
+def testbed_eigenvalues() -> None:
+    """Print the forty largest of the bundled model's FFNs under the recipe "paper"."""
+    import care_hf
+    from care_hf.fitting import collect
+    from care_hf.recipe import Recipe
+    from care_hf.testbed import World
+    from care_hf.testbed.prompts import fit_prompts
+
+    model, processor = care_hf.load_testbed()
+    prompts = fit_prompts(World(), 200, ("typographic", "icon"), exposure=False)
+    print({name: len(items) for name, items in prompts.items()})
+    recipe = Recipe.load("paper").replace(rank=40)
+    solved = collect(model, processor=processor, recipe=recipe, **prompts).solve(recipe)
+    for name, report in json.loads(solved.metadata["reports"]).items():
+        print(name, " ".join(f"{value:.3g}" for value in report["eigenvalues"]))
 
 
 def row(index: int, arguments: argparse.Namespace) -> str:

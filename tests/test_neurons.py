@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from care_hf.contrasts import Contrast
 from care_hf.modeling_care import CareForConditionalGeneration
+from care_hf.neuron_runs import UnitShare
 from care_hf.neurons import NeuronRanking, VerifiedNeuron, down_projection, rank_neurons
 from care_hf.samples import Sample, collate
 from care_hf.sites import Site, decoder_layers, image_token_ids
@@ -500,3 +501,10 @@ def test_a_real_ranking_survives_json(llava, processor, malicious, benign):
     assert loaded.to_dict() == ranking.to_dict() and loaded.table() == ranking.table()
     assert all(values.dtype == torch.float32 and len(values) == UNITS for values in loaded.estimates.values())
     assert loaded.settings["malicious"] == 4 and loaded.settings["benign"] == 3
+
+
+def test_units_that_are_shared_out_in_an_unknown_way_are_refused():
+    share = UnitShare(nn.Linear(6, 4))
+    share.check(3, torch.zeros(2, 5, 6))
+    with pytest.raises(ValueError, match="Layer 3 has 3 of its 6 FFN units in this process, not the 6"):
+        share.check(3, torch.zeros(2, 5, 3))
